@@ -1,0 +1,310 @@
+"""The command line.  Each verb calls one function of `stages`; every verb has --json.
+
+Results go to standard output, progress to standard error.  Exit codes: 0 done, 1 the work failed, 2 the input must
+change, 130 interrupted.  torch is never loaded for --help.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onlay import __version__
+from onlay.errors import OnlayError
+
+app = typer.Typer(
+    help="LoRA fine-tuning of open language models: from a data file to a proven adapter.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, progress on standard error.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a recipe field; may be repeated.")
+]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe; `onlay init DATA` writes one.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="System message. Default: the recipe's.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from the likeliest tokens that make up this share.")]
+PenaltyOption = Annotated[float, typer.Option("--repetition-penalty", min=1.0, help="Above 1, tokens said before become less likely.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+CompareOption = Annotated[bool, typer.Option("--compare", help="The base's answer beside the adapter's.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, or a hub data set owner/name.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the recipe. Default: DATA's name with .yaml.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at the data and the device, propose a base that fits, and write a commented recipe."""
+    from onlay import stages
+
+    path, summary = stages.init(data, output=output)
+    _out({"recipe": str(path), "summary": summary}, as_json, lambda: print(f"{summary}\nWrote {path}.\n\nNext: onlay train {path}"))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check Python, torch, CUDA, disk and packages; say what is missing and the line that installs it."""
+    from dataclasses import asdict
+
+    from onlay.doctor import examine
+
+    checks = examine()
+
+    def show() -> None:
+        from rich.table import Table
+
+        table = Table("", "what", "found", "to do", box=None, pad_edge=False)
+        for check in checks:
+            table.add_row("[green]ok[/]" if check.ok else "[red]no[/]", check.name, check.found, check.remedy or "")
+        _console(stderr=False).print(table)
+
+    _out({"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}, as_json, show)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows with the trained tokens coloured.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Read, check, template and tokenize the data; cached by content."""
+    from onlay import stages
+    from onlay.console import Reporter
+
+    with Reporter(_console()) as report:
+        prepared = stages.prepare(recipe, overrides=overrides or (), report=report)
+    dataset = prepared.dataset
+
+    def display() -> None:
+        from onlay.console import dataset_table, rows_coloured
+
+        console = _console(stderr=False)
+        console.print(dataset_table(dataset))
+        if show:
+            rows_coloured(console, prepared, show)
+        console.print(f"\nNext: onlay train {recipe}", highlight=False)
+
+    _out(dataset.model_dump(mode="json") | {"digest": dataset.digest}, as_json, display)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe.")] = None,
+    overrides: SetOption = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an interrupted run folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter; ends with a summary and the next command."""
+    from onlay import stages
+    from onlay.console import Reporter
+
+    with Reporter(_console()) as report:
+        run = stages.train(recipe, overrides=overrides or (), resume=resume, report=report)
+
+    def display() -> None:
+        from onlay.console import run_table
+
+        console = _console(stderr=False)
+        console.print(run_table(run))
+        todo = f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay chat {run.path} --compare"
+        console.print(f"\nNext: {todo}", highlight=False, soft_wrap=True)
+
+    _out(run.model_dump(mode="json") | {"digest": run.digest}, as_json, display)
+    if run.status == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be repeated. Without it, one prompt a line from standard input.")] = None,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts with a run's adapter."""
+    from onlay import stages
+    from onlay.console import Reporter, answers_table
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise OnlayError("There is no prompt.", "Give --prompt '...', or one a line on standard input.")
+    sampling = _sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    streams = len(prompts) == 1 and not as_json and not compare
+    with Reporter(_console()) as report:
+        results = stages.generate(
+            run, prompts, sampling=sampling, system=system, compare=compare, report=report,
+            on_text=_write if streams else None,
+        )  # fmt: skip
+    if streams:
+        print()
+        return
+    _out({"run": str(run), "answers": results}, as_json, lambda: _console(stderr=False).print(answers_table(results)))
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk with a run's adapter; end with an empty line or Ctrl-D.  With --json, one message a line from standard input."""
+    from onlay import stages
+    from onlay.console import Reporter, answers_table
+
+    sampling = _sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    with Reporter(_console()) as report:
+        conversation = stages.chat(run, sampling=sampling, system=system, compare=compare, report=report)
+    said: list[dict[str, str]] = []
+    while text := _ask(prompting=not as_json and sys.stdin.isatty()):
+        streams = not as_json and not compare
+        answer, base = conversation.say(text, on_text=_write if streams else None)
+        said.append({"prompt": text, "answer": answer} | ({"base": base} if base is not None else {}))
+        if streams:
+            print()
+        elif not as_json:
+            _console(stderr=False).print(answers_table(said[-1:]))
+    if as_json:
+        print(json.dumps({"run": str(run), "answers": said}, ensure_ascii=False))
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(metavar="RUN|DIGEST", help="A run folder, or the start of any record's digest.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show a record and the chain of records that it was made from."""
+    from onlay import stages
+    from onlay.records import Record
+
+    record, chain = stages.show(what)
+    values = record.model_dump(mode="json") | {"digest": record.digest} if isinstance(record, Record) else record
+    links = [{"kind": row.kind, "digest": row.digest, "path": row.path, "created_at": row.created_at} for row in chain]
+
+    def display() -> None:
+        from onlay.console import record_view
+
+        record_view(_console(stderr=False), values, links, Path(what))
+
+    _out({"record": values, "chain": links}, as_json, display)
+
+
+@app.command()
+def log(as_json: JsonOption = False) -> None:
+    """List the runs on this machine, newest first."""
+    from onlay import ledger
+
+    rows = ledger.runs()
+    runs = [row.values | {"digest": row.digest} for row in rows]
+
+    def display() -> None:
+        from onlay.console import log_table
+
+        _console(stderr=False).print(log_table(runs) if runs else "No run yet. Start with: onlay demo")
+
+    _out({"runs": runs}, as_json, display)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors and checks."""
+    from onlay import stages
+
+    print(json.dumps(stages.schema(), indent=2))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Default: runs/demo-DATE-TIME.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the bundled base on bundled examples and show base and adapter side by side."""
+    from dataclasses import asdict
+
+    from onlay import stages
+    from onlay.console import Reporter, demo_view
+
+    with Reporter(_console()) as report:
+        result = stages.demo(output=str(output) if output else None, report=report)
+    _out(asdict(result), as_json, lambda: demo_view(_console(stderr=False), result))
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, seed: int) -> Any:
+    from onlay.generation.engine import Sampling
+
+    return Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+
+
+def _ask(*, prompting: bool) -> str:
+    try:
+        return input("> " if prompting else "").strip()
+    except EOFError:
+        return ""
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _console(*, stderr: bool = True) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _out(values: dict[str, Any], as_json: bool, display: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+    else:
+        display()
+
+
+def main() -> None:
+    """Entry point: OnlayErrors become two lines on standard error and their exit code."""
+    try:
+        app()
+    except OnlayError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": error.problem, "remedy": error.remedy}, ensure_ascii=False))
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

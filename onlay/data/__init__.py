@@ -1,0 +1,1 @@
+"""From a data file to token sequences: read, template, build, pack."""

@@ -1,0 +1,1 @@
+"""Text from a base with or without its adapter."""

@@ -1,0 +1,189 @@
+"""The records that stages hand to each other: frozen, with a digest, JSON both ways.
+
+Each holds in `sources` the digests of what it was made from, so the chain behind any result can be printed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onlay.errors import OutputError
+from onlay.recipe import digest_of
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[str]
+    sources: dict[str, str] = {}
+    """Kind of each record (or file) this one was made from, and its digest."""
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.model_dump(mode="json"))
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    def save(self, folder: Path) -> Path:
+        """Writes `folder/<kind>.json`, whole or not at all."""
+        path = folder / f"{self.kind}.json"
+        write_whole(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads `folder/<kind>.json`.  Raises OutputError when it is not there or not this record."""
+        path = Path(folder) / f"{cls.kind}.json"
+        if not path.is_file():
+            raise OutputError(f"{path} does not exist.", "Give a run folder made by onlay; `onlay log` lists them.")
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise OutputError(f"{path} is not a {cls.kind} record: {field}: {first['msg']}.", "Was it edited?") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a crash leaves either the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} could not be written: {error.strerror}.", "Free disk space, or choose another folder.") from None
+
+
+class ModelFacts(Record):
+    """A base model, read from config.json and safetensors headers alone; no weights are loaded."""
+
+    kind: ClassVar[str] = "model"
+    name: str
+    """As the user wrote it."""
+    path: str
+    """Local folder that holds the files."""
+    revision: str | None
+    """Commit on the hub; None for a local folder."""
+    licence: str | None
+    architecture: str
+    """First entry of `architectures` in config.json, such as LlamaForCausalLM."""
+    model_type: str
+    num_parameters: int
+    weight_bytes: int
+    vocabulary_size: int
+    context_tokens: int | None
+    """Longest sequence by the config; None where the architecture has no limit."""
+    hidden_size: int
+    num_layers: int
+    linear_shapes: dict[str, tuple[int, int]]
+    """Checkpoint name of each two-dimensional weight (without `.weight`) to (outputs O, inputs I); embeddings left out."""
+    weight_fingerprint: str
+    """Digest of the safetensors headers and a fixed sample of every tensor (under 64 MiB read)."""
+
+
+class SplitFacts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rows: int
+    """Rows of the source that are in this split."""
+    examples: int
+    """Token sequences; more than rows where long text was split, fewer where rows were dropped."""
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+
+
+class Finding(BaseModel):
+    """Something about the data worth telling: counted, with the places of the first few."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    code: str
+    """Such as overlong_dropped, masked_turns, boundary_merges."""
+    count: int
+    message: str
+    places: list[str] = []
+    """`file:row` of the first few."""
+
+
+class Dataset(Record):
+    """Prepared token sequences on disk, and what was found on the way."""
+
+    kind: ClassVar[str] = "dataset"
+    path: str
+    """Folder with <split>.tokens.npy and the like; see onlay/data/build.py."""
+    source: str
+    source_digest: str
+    format: str
+    template: str
+    """Name of the chat template: `base`, a named one, or a file."""
+    template_digest: str
+    tokenizer_digest: str
+    max_tokens: int
+    stop_token_ids: list[int]
+    """Tokens that end an answer; trained at the end of every assistant turn."""
+    splits: dict[str, SplitFacts]
+    findings: list[Finding]
+
+
+class Recovery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: int
+    reason: str
+    """out_of_memory, not_finite or loss_spike."""
+    detail: str
+    action: str
+
+
+class Checkpoint(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: int
+    path: str
+    evaluation_loss: float | None = None
+
+
+class Run(Record):
+    """One training run: what came out, how, and what was proven about it."""
+
+    kind: ClassVar[str] = "run"
+    path: str
+    status: str
+    """running, finished, interrupted, failed."""
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    """Wall clock of the training loop, over all resumptions."""
+    steps: int
+    total_steps: int
+    examples: int
+    trained_tokens: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    """Mean over the last tenth of the steps, nats per trained token."""
+    base_evaluation_loss: float | None = None
+    """Before the first step, on the held-out rows."""
+    evaluation_loss: float | None = None
+    """Of the adapter that was kept."""
+    trainable_parameters: int = 0
+    selected_step: int | None = None
+    """Step whose weights are in adapter/."""
+    checkpoints: list[Checkpoint] = []
+    recoveries: list[Recovery] = []
+    fast_paths: dict[str, str] = {}
+    """What was used; where one was not, the reason."""
+    proofs: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+    peak_memory_bytes: int | None = None
+    base_weight_digest: str | None = None
+    """Full SHA-256 over the base's safetensors files; computed beside training."""
+    error: str | None = None
+
+
+RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run)}

@@ -1,0 +1,509 @@
+"""The functions behind the verbs: each brings the parts of the lower layers together and returns one record.
+
+What is cheap to check is checked before torch is imported, so a wrong recipe, file or base is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onlay import ledger
+from onlay.errors import OutputError, RecipeError
+from onlay.recipe import Recipe, read_recipe
+from onlay.records import RECORDS, Dataset, ModelFacts, Record, Run, write_whole
+
+if TYPE_CHECKING:
+    from onlay.data.build import Split
+    from onlay.data.read import Conversation, Scan, Turn
+    from onlay.data.template import ChatTemplate
+    from onlay.generation.engine import Sampling
+    from onlay.training.devices import Devices
+
+Report = Callable[[Any], None]
+"""Gets StepReport, Recovery, Loading and plain text, as they happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Something that is counted while it goes on: rows prepared, bytes fetched."""
+
+    what: str
+    done: int
+    total: int
+
+
+def _silent(_event: Any) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------------ prepare
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A recipe whose data and base were looked at, without anything heavy."""
+
+    recipe: Recipe
+    scan: Scan
+    held_out_scan: Scan | None
+    facts: ModelFacts
+
+
+def look(recipe: Recipe, *, report: Report = _silent) -> Source:
+    """Reads every row once and the base's headers.  Raises DataError, BaseModelError and RecipeError, within seconds."""
+    from onlay.data.read import scan
+    from onlay.model.facts import check_targets, read_facts
+
+    if recipe.model.weights == "random" and recipe.adapter.method != "full":
+        raise RecipeError(
+            f"model.weights = random needs adapter.method = full, not {recipe.adapter.method}.",
+            "An adapter on random weights learns nothing of use: set adapter.method to full.",
+        )
+    scanned = scan(recipe.data.train, recipe.data, limit=recipe.data.max_rows)
+    held_out = scan(recipe.evaluation.file, recipe.data, limit=None) if recipe.evaluation.file else None
+    facts = read_facts(recipe.model, progress=lambda done, total: report(Loading("fetching the base", done, total)))
+    if recipe.adapter.method == "lora":
+        check_targets(facts, recipe.adapter.targets)
+    return Source(recipe=recipe, scan=scanned, held_out_scan=held_out, facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    source: Source
+    tokenizer: Any
+    template: ChatTemplate
+    dataset: Dataset
+
+    def split(self, name: str) -> Split:
+        from onlay.data.build import open_split
+
+        return open_split(self.dataset, name)
+
+
+def prepare_source(source: Source, *, report: Report = _silent) -> Prepared:
+    """Tokenizes, or finds what was tokenized before from the same rows, recipe and tokenizer."""
+    from onlay.data.build import prepare_dataset
+    from onlay.data.template import ChatTemplate
+    from onlay.model.tokenizer import load_tokenizer, tokenizer_digest
+
+    recipe, facts = source.recipe, source.facts
+    tokenizer = load_tokenizer(facts, trust_remote_code=recipe.model.trust_remote_code)
+    template = ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on)
+    dataset = prepare_dataset(
+        recipe,
+        source.scan,
+        template,
+        tokenizer_digest=tokenizer_digest(facts.path),
+        context_tokens=facts.context_tokens,
+        cache_folder=ledger.home() / "prepared",
+        progress=lambda done, total: report(Loading("preparing rows", done, total)),
+        evaluation_scan=source.held_out_scan,
+    )
+    return Prepared(source=source, tokenizer=tokenizer, template=template, dataset=dataset)
+
+
+def prepare(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), report: Report = _silent) -> Prepared:
+    """Reads, checks, templates and tokenizes what a recipe names; cached by content.  Raises OnlayError."""
+    prepared = prepare_source(look(_recipe(recipe, overrides), report=report), report=report)
+    ledger.append(prepared.source.facts, prepared.source.facts.path)
+    ledger.append(prepared.dataset, prepared.dataset.path)
+    return prepared
+
+
+def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return read_recipe(recipe, overrides)
+    if overrides:
+        raise ValueError("overrides go with a recipe file; change a Recipe itself with model_copy")
+    return recipe
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+def train(
+    recipe: str | Path | Recipe | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | Path | None = None,
+    report: Report = _silent,
+) -> Run:
+    """Trains the adapter that a recipe describes, or goes on with an interrupted run folder.  Raises OnlayError."""
+    if (recipe is None) == (resume is None):
+        raise RecipeError("train needs a recipe or --resume RUN, one of the two.", "onlay train support.yaml")
+    if resume is not None:
+        return _resume(Path(resume), overrides, report)
+    assert recipe is not None
+    name = Path(recipe).stem if not isinstance(recipe, Recipe) else "run"
+    parsed = _recipe(recipe, overrides)
+    folder = Path(parsed.training.output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if _rank() == 0:
+        _check_free(folder)
+    return _train(look(parsed, report=report), folder, resume=False, report=report)
+
+
+def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
+    if overrides:
+        raise RecipeError("--set does not go with --resume: a run keeps its recipe.", "Start a new run to change it.")
+    run = Run.load(folder)
+    if run.status == "finished":
+        raise OutputError(f"{folder} is finished.", f"onlay generate {folder} --prompt '...', or train anew for more.")
+    source = look(read_recipe(folder / "recipe.yaml"), report=report)
+    trained_on = ModelFacts.load(folder)
+    if source.facts.weight_fingerprint != trained_on.weight_fingerprint:
+        raise OutputError(
+            f"{folder} was begun on other weights of {trained_on.name} than {source.facts.path} holds now.",
+            "Put the base back as it was, or start a new run.",
+        )
+    return _train(source, folder, resume=True, report=report)
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        unfinished = (folder / "run.json").is_file() and Run.load(folder).status != "finished"
+        remedy = f"Go on with it: onlay train --resume {folder}" if unfinished else "Choose another training.output, or move it away."
+        raise OutputError(f"training.output = {folder} exists already.", remedy)
+
+
+def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run:
+    from onlay.data.pack import collate, plan_micro_batches
+    from onlay.hardware import find_hardware
+    from onlay.model.facts import Digesting
+    from onlay.model.load import load_base
+    from onlay.model.tokenizer import pad_token_id
+    from onlay.training.session import Parts, train_adapter
+
+    recipe, facts = source.recipe, source.facts
+    devices = _devices(recipe, folder)
+    folder = Path(_agreed(str(folder), devices))
+    report = report if devices.is_main else _silent
+    with devices.accelerator.main_process_first():
+        prepared = prepare_source(source, report=report)
+    if resume and Dataset.load(folder).digest != prepared.dataset.digest:
+        raise OutputError(f"The rows of {recipe.data.train} are no longer those that {folder} was begun with.", "Put the file back, or start a new run.")
+    hardware = find_hardware()
+    digesting = Digesting(facts, ledger.home()) if devices.is_main else None
+    report(f"loading {facts.name}")
+    base = load_base(
+        facts, recipe.model, hardware, device=devices.device, seed=recipe.training.seed,
+        trains_weights=recipe.adapter.method == "full",
+    )  # fmt: skip
+    if devices.is_main and not resume:
+        _begin_folder(folder, recipe, prepared)
+    devices.wait()
+    splits = prepared.dataset.splits
+    parts = Parts(
+        recipe=recipe, facts=facts, dataset=prepared.dataset, base=base,
+        train_examples=prepared.split("train"),
+        held_out_examples=prepared.split("evaluation") if "evaluation" in splits else None,
+        plan=plan_micro_batches, collate=collate, pad_token_id=pad_token_id(prepared.tokenizer), folder=folder,
+        devices=devices, report=report, base_weight_digest=digesting.result if digesting else lambda: None,
+        save_tokenizer=lambda path: prepared.tokenizer.save_pretrained(str(path)),
+    )  # fmt: skip
+    run = train_adapter(parts, resume=resume)
+    if devices.is_main:
+        ledger.append(run, folder)
+    return run
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _devices(recipe: Recipe, folder: Path) -> Devices:
+    from accelerate import Accelerator
+
+    from onlay.training.devices import Devices
+
+    return Devices(Accelerator(log_with=recipe.training.trackers or None, project_dir=str(folder)))  # type: ignore[arg-type]
+
+
+def _agreed(text: str, devices: Devices) -> str:
+    """The first rank's text on every rank: folder names hold the time of day."""
+    from accelerate.utils import broadcast_object_list
+
+    return str(broadcast_object_list([text])[0]) if devices.world > 1 else text
+
+
+def _begin_folder(folder: Path, recipe: Recipe, prepared: Prepared) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}.", "Choose another training.output.") from None
+    write_whole(folder / "recipe.yaml", recipe.to_yaml())
+    facts = prepared.source.facts
+    facts.save(folder)
+    prepared.dataset.save(folder)
+    text = json.dumps(recipe.model_dump(mode="json"))
+    ledger.Ledger().append_json("recipe", recipe.digest, text, folder)
+    ledger.append(facts, folder)
+    ledger.append(prepared.dataset, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A finished run, its base and adapter in memory, ready to answer."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    dataset: Dataset
+    model: Any
+    tokenizer: Any
+    template: ChatTemplate
+    has_adapter: bool
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        from onlay.model.tokenizer import pad_token_id
+
+        return pad_token_id(self.tokenizer)
+
+    def answer(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        *,
+        sampling: Sampling,
+        use_adapter: bool = True,
+        on_text: Callable[[str], None] | None = None,
+        report: Report = _silent,
+    ) -> list[str]:
+        """The next assistant turn of each conversation."""
+        from onlay.generation.engine import generate as run_engine
+
+        ids = run_engine(
+            self.model,
+            [self.template.encode_prompt(turns) for turns in conversations],
+            sampling=sampling,
+            stop_token_ids=self.dataset.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            use_adapter=use_adapter or not self.has_adapter,
+            on_token=_decoded(self.tokenizer, on_text) if on_text is not None else None,
+            progress=lambda done, total: report(Loading("answering", done, total)),
+        )
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+
+
+def _decoded(tokenizer: Any, on_text: Callable[[str], None]) -> Callable[[int], None]:
+    """Passes text on as it becomes whole: a character may take several tokens."""
+    ids: list[int] = []
+    said = ""
+
+    def on_token(token: int) -> None:
+        nonlocal said
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.endswith("�"):
+            return
+        on_text(text[len(said) :])
+        said = text
+
+    return on_token
+
+
+def open_run(folder: str | Path, *, report: Report = _silent) -> LoadedRun:
+    """Loads a finished run's base and adapter (or its tuned model).  Raises OnlayError."""
+    folder = Path(folder)
+    run = Run.load(folder)
+    recipe = read_recipe(folder / "recipe.yaml")
+    full = recipe.adapter.method == "full"
+    if not (folder / ("model" if full else "adapter")).is_dir():
+        raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
+
+    from onlay.data.template import ChatTemplate
+    from onlay.hardware import find_hardware
+    from onlay.model.adapter import load_adapter
+    from onlay.model.facts import read_facts
+    from onlay.model.load import load_base
+    from onlay.model.tokenizer import load_tokenizer
+
+    section = recipe.model
+    if full:
+        section = section.model_copy(update={"base": str(folder / "model"), "weights": "pretrained", "revision": None})
+    facts = read_facts(section)
+    report(f"loading {facts.name}")
+    tokenizer = load_tokenizer(facts, trust_remote_code=section.trust_remote_code)
+    model: Any = load_base(facts, section, find_hardware()).model
+    if not full:
+        model = load_adapter(model, folder / "adapter", facts=facts)
+    return LoadedRun(
+        recipe=recipe, facts=facts, dataset=Dataset.load(folder), model=model, tokenizer=tokenizer,
+        template=ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on), has_adapter=not full,
+    )  # fmt: skip
+
+
+def generate(
+    run: str | Path,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    compare: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    report: Report = _silent,
+) -> list[dict[str, str]]:
+    """Answers to prompts: {"prompt", "answer"} each, and "base" (the base's answer) with `compare`."""
+    from onlay.generation.engine import Sampling as Settings
+
+    loaded = open_run(run, report=report)
+    sampling = sampling or Settings()
+    conversations = [_turns(prompt, system or loaded.recipe.data.system) for prompt in prompts]
+    answers = loaded.answer(conversations, sampling=sampling, on_text=on_text, report=report)
+    results = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    if compare:
+        base = loaded.answer(conversations, sampling=sampling, use_adapter=False, report=report)
+        results = [result | {"base": text} for result, text in zip(results, base, strict=True)]
+    return results
+
+
+def _turns(prompt: str, system: str | None) -> list[Turn]:
+    from onlay.data.read import Turn
+
+    return ([Turn("system", system)] if system else []) + [Turn("user", prompt)]
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation with a run; `base_turns` is the base's own side of it, kept when comparing."""
+
+    loaded: LoadedRun
+    sampling: Sampling
+    turns: list[Turn]
+    base_turns: list[Turn] | None
+
+    def say(self, text: str, *, on_text: Callable[[str], None] | None = None) -> tuple[str, str | None]:
+        """The adapter's answer, and the base's when comparing."""
+        from onlay.data.read import Turn
+
+        self.turns.append(Turn("user", text))
+        [answer] = self.loaded.answer([self.turns], sampling=self.sampling, on_text=on_text)
+        self.turns.append(Turn("assistant", answer))
+        if self.base_turns is None:
+            return answer, None
+        self.base_turns.append(Turn("user", text))
+        [base] = self.loaded.answer([self.base_turns], sampling=self.sampling, use_adapter=False)
+        self.base_turns.append(Turn("assistant", base))
+        return answer, base
+
+
+def chat(run: str | Path, *, sampling: Sampling | None = None, system: str | None = None, compare: bool = False, report: Report = _silent) -> Chat:
+    """Opens a conversation with a run."""
+    from onlay.data.read import Turn
+    from onlay.generation.engine import Sampling as Settings
+
+    loaded = open_run(run, report=report)
+    system = system or loaded.recipe.data.system
+    first = [Turn("system", system)] if system else []
+    return Chat(loaded, sampling or Settings(), list(first), list(first) if compare else None)
+
+
+# --------------------------------------------------------------------------------------------------------------- show
+
+
+def show(what: str | Path) -> tuple[Record | dict[str, Any], list[ledger.Row]]:
+    """The record of a run folder, or the one whose digest starts with `what`; and the chain of records behind it."""
+    folder = Path(what)
+    if folder.is_dir():
+        run = Run.load(folder)
+        return run, list(ledger.chain(run))
+    row = ledger.find(str(what))
+    return (row.record() if row.kind in RECORDS else row.values), list(ledger.chain(row))
+
+
+# --------------------------------------------------------------------------------------------------------------- demo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demo:
+    """What the demo measured on rows that were held out of its training."""
+
+    run: str
+    train_seconds: float
+    rows: int
+    base: dict[str, float | None]
+    adapter: dict[str, float | None]
+    examples: list[dict[str, str]]
+    """Three held-out rows: prompt, expected, base, adapter."""
+
+
+def demo(*, output: str | None = None, report: Report = _silent) -> Demo:
+    """Trains the bundled base on the bundled support desk and compares both on held-out rows."""
+    from onlay.evaluation.scores import exact_match, valid_json
+    from onlay.generation.engine import Sampling as Settings
+
+    package = resources.files("onlay")
+    with resources.as_file(package / "examples") as examples:
+        recipe = read_recipe(examples / "demo.yaml", [f"data.train={examples / 'support.jsonl'}"])
+        folder = output or str(Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}")
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"output": folder})})
+        began = time.perf_counter()
+        run = train(recipe, report=report)
+        train_seconds = time.perf_counter() - began
+    loaded = open_run(run.path, report=report)
+    rows = _held_out_rows(loaded.dataset)
+    prompts = [row.turns[:-1] for row in rows]
+    expected = [row.turns[-1].content for row in rows]
+    longest = max(len(loaded.tokenizer(text)["input_ids"]) for text in expected)
+    sampling = Settings(max_new_tokens=longest + 8)
+    texts = {
+        name: loaded.answer(prompts, sampling=sampling, use_adapter=name == "adapter", report=report) for name in ("base", "adapter")
+    }
+    scores: dict[str, dict[str, float | None]] = {
+        name: {"exact_match": exact_match(answers, expected), "valid_json": valid_json(answers, expected)} for name, answers in texts.items()
+    }
+    kinds = _one_of_each_kind(expected)
+    return Demo(
+        run=run.path, train_seconds=round(train_seconds, 2), rows=len(rows),
+        base=scores["base"] | {"evaluation_loss": run.base_evaluation_loss},
+        adapter=scores["adapter"] | {"evaluation_loss": run.evaluation_loss},
+        examples=[
+            {"prompt": prompts[i][-1].content, "expected": expected[i], "base": texts["base"][i], "adapter": texts["adapter"][i]}
+            for i in kinds
+        ],
+    )  # fmt: skip
+
+
+def _held_out_rows(dataset: Dataset) -> list[Conversation]:
+    from onlay.data.build import open_split
+
+    return list(open_split(dataset, "evaluation").rows())
+
+
+def _one_of_each_kind(expected: Sequence[str]) -> list[int]:
+    """Three rows to show: a tool call where there is one, and others that begin differently."""
+    chosen: dict[str, int] = {}
+    for index, text in enumerate(expected):
+        chosen.setdefault(text[:8], index)
+    return list(chosen.values())[:3]
+
+
+# --------------------------------------------------------------------------------------------------------------- init
+
+
+def init(data: str | Path, *, output: str | Path | None = None) -> tuple[Path, str]:
+    """Looks at the data and the device and writes a commented recipe; returns its path and a summary."""
+    from onlay.hardware import find_hardware_light
+    from onlay.starter import propose
+
+    path = Path(output) if output else Path(Path(data).stem + ".yaml")
+    if path.exists():
+        raise OutputError(f"{path} exists already.", f"Use it (onlay prepare {path}), move it away, or give --output.")
+    text, summary = propose(data, find_hardware_light())
+    write_whole(path, text)
+    return path, summary
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return Recipe.model_json_schema()

@@ -1,0 +1,116 @@
+"""Checkpoints: whole or not there.  Each is a folder that appears by one rename, after everything in it is on disk.
+
+Holds the trainable weights, the optimizer's state and the loop's progress.  No random state is kept: every step seeds
+itself from (seed, step, rank), so a resumed step draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from onlay.errors import OutputError
+
+NAME = re.compile(r"step-(\d{7})$")
+
+
+class Checkpoints:
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := NAME.match(path.name)))
+
+    def save(
+        self,
+        step: int,
+        *,
+        trainable: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        progress: dict[str, Any],
+        best_step: int | None,
+    ) -> Path:
+        """Writes step's checkpoint, then removes all but the latest `keep` and the best.
+
+        Raises OutputError when the disk is full; earlier checkpoints are untouched then.
+        """
+        final = self.path_of(step)
+        temporary = self.folder / f".writing-{step:07d}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file({n: p.detach().cpu().contiguous() for n, p in trainable.items()}, temporary / "weights.safetensors")
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            (temporary / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
+            for path in temporary.iterdir():
+                _to_disk(path)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _to_disk(self.folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save reports a full disk as RuntimeError, safetensors as its own error.
+            shutil.rmtree(temporary, ignore_errors=True)
+            steps = self.steps()
+            kept = f"The checkpoint of step {steps[-1]} is intact" if steps else "No checkpoint was written before"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OutputError(
+                f"Step {step}'s checkpoint could not be written to {self.folder}: {reason}.",
+                f"{kept}: free disk space, then onlay train --resume {self.folder.parent}",
+            ) from None
+        self._prune(best_step)
+        return final
+
+    def load(self, step: int, *, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Puts step's weights (and optimizer state) in place and returns its progress.  Raises OutputError."""
+        folder = self.path_of(step)
+        try:
+            weights = load_file(folder / "weights.safetensors")
+            progress: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu") if optimizer else None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise OutputError(f"{folder} cannot be read: {error}.", "Delete that folder to resume from the one before.") from None
+        if set(weights) != set(trainable):
+            odd = sorted(set(weights) ^ set(trainable))[0]
+            raise OutputError(f"{folder} does not fit this run: {odd} is on one side only.", "Was the recipe in the run folder edited?")
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(weights[name])
+        if optimizer is not None:
+            optimizer.load_state_dict(state)  # type: ignore[arg-type]
+        return progress
+
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints of later steps: they hold a state that was gone back from."""
+        for later in [s for s in self.steps() if s > step]:
+            shutil.rmtree(self.path_of(later))
+
+    def _prune(self, best_step: int | None) -> None:
+        steps = self.steps()
+        for step in steps[: -self.keep]:
+            if step != best_step:
+                shutil.rmtree(self.path_of(step))
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,379 @@
+"""One training run from loaded parts to a finished Run: sets the loop up, runs it, selects, exports and proves."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from onlay import __version__
+from onlay.errors import OnlayError, OutputError, TrainingError
+from onlay.model.adapter import attach, save_adapter
+from onlay.model.attention import Layout, choose_layout, use_attention
+from onlay.model.load import Base, weight_checksums
+from onlay.recipe import FullTuning, LoraAdapter, Recipe
+from onlay.records import Checkpoint, Dataset, ModelFacts, Recovery, Run
+from onlay.training.batches import Batches, Examples
+from onlay.training.checkpoint import Checkpoints
+from onlay.training.devices import Devices
+from onlay.training.loop import FIRST_LOSS_SCALE, Progress, StepReport, Task, peak_memory_bytes, run_loop
+from onlay.training.loss import make_loss
+from onlay.training.metrics_log import MetricsLog, read_metrics
+from onlay.training.optimizer import learning_rate_at, make_optimizer
+from onlay.training.proofs import MovementProof, prove_finite, prove_unchanged
+from onlay.training.watch import Snapshots, Watch
+
+if TYPE_CHECKING:
+    from onlay.data.pack import MicroBatch
+
+CPU_BUDGET_TOKENS = 2048
+SNAPSHOT_BYTES_A_STEP = 32 * 2**20
+"""Snapshots are spaced so that copying costs at most about this much host traffic a step."""
+MOST_SNAPSHOT_STEPS = 100
+CHECKPOINTS_A_RUN = 10
+Event = StepReport | Recovery | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a run is made from; `stages` brings it together."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    dataset: Dataset
+    base: Base
+    train_examples: Examples
+    held_out_examples: Examples | None
+    plan: Callable[..., list[list[int]]]
+    """onlay.data.pack.plan_micro_batches"""
+    collate: Callable[..., MicroBatch]
+    """onlay.data.pack.collate"""
+    pad_token_id: int
+    folder: Path
+    devices: Devices
+    report: Callable[[Event], None]
+    base_weight_digest: Callable[[], str | None]
+    """Asked at the end of the run; the digest is computed beside it."""
+    save_tokenizer: Callable[[Path], None]
+
+
+def train_adapter(parts: Parts, *, resume: bool) -> Run:
+    """Trains, or goes on after an interruption, and leaves the run folder complete.
+
+    Raises TrainingError (the folder then holds a Run with status failed) and OutputError.
+    """
+    recipe, devices, base = parts.recipe, parts.devices, parts.base
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    checksums = weight_checksums(base.model) if recipe.adapter.method == "lora" else {}
+    model, left_out = _make_trainable(parts)
+    layout = choose_layout(
+        base.model, packing=recipe.training.packing, device=devices.device, compute_dtype=base.compute_dtype
+    )
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(trainable, weight_decay=recipe.training.weight_decay)
+    checkpoints = Checkpoints(parts.folder / "checkpoints", keep=recipe.training.keep_checkpoints)
+    progress = _first_progress(parts) if not resume else _resumed(parts, checkpoints, trainable, optimizer)
+    movement = MovementProof(model, trainable, done="movement" in progress.proofs)
+    metrics = _open_metrics(parts, resume_step=progress.step if resume else None)
+    fast_paths = {"layout": layout.reason, "cross_entropy": "at trained tokens only"}
+    if left_out:
+        fast_paths["left_out"] = f"PEFT cannot adapt these beside fused experts: {', '.join(left_out)}"
+    task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement)
+    run = Run(
+        sources={"recipe": recipe.digest, "model": parts.facts.digest, "dataset": parts.dataset.digest},
+        path=str(parts.folder), status="running", started=started, seconds=progress.seconds, steps=progress.step,
+        total_steps=task.total_steps, examples=len(parts.train_examples), trained_tokens=progress.trained_tokens,
+        trainable_parameters=sum(p.numel() for p in trainable.values()), fast_paths=fast_paths, environment=environment(devices),
+    )  # fmt: skip
+    if devices.is_main:
+        run.save(parts.folder)
+    if devices.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with _interruptible() as interrupted:
+            task_status = run_loop(_with(task, interrupted=interrupted), progress)
+        run = _outcome(parts, run, progress, task, status=task_status)
+        if task_status != "interrupted":
+            run = _finish(parts, run, model, layout, trainable, checkpoints, progress, checksums)
+    except OnlayError as error:
+        # Kept in the record; the error goes on to the user.
+        failed = _outcome(parts, run, progress, task, status="failed")
+        _save_run(parts, failed.model_copy(update={"error": error.problem}))
+        raise
+    finally:
+        if metrics is not None:
+            metrics.close()
+            if recipe.training.trackers:
+                devices.accelerator.end_training()
+    _save_run(parts, run)
+    return run
+
+
+def _make_trainable(parts: Parts) -> tuple[nn.Module, list[str]]:
+    section = parts.recipe.adapter
+    if isinstance(section, LoraAdapter):
+        return attach(parts.base.model, section, seed=parts.recipe.training.seed)
+    assert isinstance(section, FullTuning)
+    parts.base.model.requires_grad_(True)
+    parts.base.model.train()
+    return parts.base.model, []
+
+
+def _first_progress(parts: Parts) -> Progress:
+    return Progress(
+        budget_tokens=parts.recipe.training.micro_batch_tokens or default_budget_tokens(parts.devices.device),
+        loss_scale=FIRST_LOSS_SCALE if parts.base.compute_dtype == torch.float16 else 1.0,
+    )
+
+
+def default_budget_tokens(device: torch.device) -> int:
+    """A start that is halved when memory runs out: more only helps until the device is busy."""
+    if device.type != "cuda":
+        return CPU_BUDGET_TOKENS
+    gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return 16384 if gigabytes > 60 else 8192 if gigabytes > 20 else 4096
+
+
+def _resumed(parts: Parts, checkpoints: Checkpoints, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+    steps = checkpoints.steps()
+    if not steps:  # it was stopped before its first checkpoint: start over, same seed, same result
+        return _first_progress(parts)
+    saved = checkpoints.load(steps[-1], trainable=trainable, optimizer=optimizer)
+    return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+
+
+def _open_metrics(parts: Parts, *, resume_step: int | None) -> MetricsLog | None:
+    accelerator = None
+    if parts.recipe.training.trackers:
+        accelerator = parts.devices.accelerator
+        accelerator.init_trackers(parts.folder.name, config=_flat(parts.recipe.model_dump(mode="json")))
+    if not parts.devices.is_main:
+        return None
+    return MetricsLog(parts.folder / "metrics.jsonl", resume_step=resume_step, accelerator=accelerator)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """TensorBoard takes numbers and texts only."""
+    return {
+        f"{section}.{key}": value if isinstance(value, int | float | str) else str(value)
+        for section, entries in values.items()
+        for key, value in entries.items()
+    }
+
+
+def _make_task(
+    parts: Parts,
+    model: nn.Module,
+    layout: Layout,
+    trainable: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints,
+    metrics: MetricsLog | None,
+    movement: MovementProof,
+) -> Task:
+    training, evaluation, devices = parts.recipe.training, parts.recipe.evaluation, parts.devices
+
+    def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+        return parts.plan(lengths, budget_tokens=budget, packed=layout.packed)
+
+    collate = partial(parts.collate, packed=layout.packed, pad_token_id=parts.pad_token_id)
+    make_batches = partial(Batches, plan=plan, collate=collate, seed=training.seed, rank=devices.rank, world=devices.world)
+    batches = make_batches(parts.train_examples, batch_size=training.batch_size)
+    loss = make_loss(model, layout, device=devices.device, compute_dtype=parts.base.compute_dtype)
+    held_out = parts.held_out_examples
+    chosen: np.ndarray = np.empty(0, dtype=np.int64)
+    if held_out is not None:
+        chosen = np.random.default_rng(training.seed).permutation(len(held_out))[: evaluation.max_rows]
+
+    def validate(budget: int) -> float:
+        assert held_out is not None
+        return held_out_loss(model, make_batches(held_out, batch_size=1), chosen, loss=loss, budget_tokens=budget, devices=devices)
+
+    def finish_gradient(loss_scale: float) -> float:
+        parameters = list(trainable.values())
+        devices.sum_gradients(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if loss_scale != 1.0:
+            torch._foreach_div_(gradients, loss_scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, training.max_grad_norm, norm)
+        return float(norm)
+
+    def after_update(progress: Progress) -> None:
+        results = movement.observe(progress.updates)
+        if results is not None:
+            progress.proofs["movement"] = results
+
+    total_steps = training.max_steps or batches.steps_for(training.epochs)
+    checkpoint_steps = training.checkpoint_steps or max(1, -(-total_steps // CHECKPOINTS_A_RUN))
+    state_bytes = 3 * sum(p.nbytes for p in trainable.values())
+    return Task(
+        model=model, trainable=trainable, optimizer=optimizer, batches=batches, total_steps=total_steps,
+        learning_rate=partial(learning_rate_at, peak=parts.recipe.learning_rate, total_steps=total_steps, section=training),
+        loss=loss, finish_gradient=finish_gradient, validate=validate if held_out is not None else None,
+        after_update=after_update, interrupted=lambda: False, report=parts.report, devices=devices, watch=Watch(),
+        snapshots=Snapshots(every_steps=min(MOST_SNAPSHOT_STEPS, 4 + state_bytes // SNAPSHOT_BYTES_A_STEP)),
+        checkpoints=checkpoints, metrics=metrics, seed=training.seed, checkpoint_steps=checkpoint_steps,
+        evaluation_steps=evaluation.every_steps or checkpoint_steps, patience=evaluation.patience,
+        max_recoveries=training.max_recoveries,
+        longest_held_out_tokens=int(held_out.lengths[chosen].max()) if held_out is not None else 0,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    batches: Batches,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    loss: Callable[[nn.Module, MicroBatch], torch.Tensor],
+    budget_tokens: int,
+    devices: Devices,
+) -> float:
+    """Nats per trained token over these examples, all ranks together: the sum over tokens, never a mean of means."""
+    was_training = model.training
+    model.eval()
+    try:
+        nats, tokens = 0.0, 0
+        for batch in batches.all_micro_batches([int(i) for i in indices], budget_tokens):
+            nats += float(loss(model, batch))
+            tokens += batch.num_trained
+    finally:
+        model.train(was_training)
+    return devices.sum(nats) / devices.sum(tokens)
+
+
+def _with(task: Task, *, interrupted: Callable[[], bool]) -> Task:
+    from dataclasses import replace
+
+    return replace(task, interrupted=interrupted)
+
+
+@contextmanager
+def _interruptible() -> Any:
+    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(parts: Parts, run: Run, progress: Progress, task: Task, *, status: str) -> Run:
+    losses = [e["loss"] for e in read_metrics(parts.folder / "metrics.jsonl") if e["event"] == "step"]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return run.model_copy(update={
+        "status": {"stopped_early": "finished"}.get(status, status),
+        "steps": progress.step, "seconds": progress.seconds, "trained_tokens": progress.trained_tokens,
+        "first_loss": losses[0] if losses else None, "last_loss": sum(tail) / len(tail) if tail else None,
+        "base_evaluation_loss": progress.base_loss, "evaluation_loss": progress.last_evaluation,
+        "recoveries": [Recovery(**r) for r in progress.recoveries], "proofs": dict(progress.proofs),
+        "checkpoints": [Checkpoint(step=s, path=str(task.checkpoints.path_of(s))) for s in task.checkpoints.steps()],
+        "peak_memory_bytes": peak_memory_bytes(parts.devices.device),
+        "fast_paths": run.fast_paths | {"micro_batch_tokens": str(progress.budget_tokens)}
+        | ({"stopped_early": f"no better held-out loss for {task.patience} evaluations"} if status == "stopped_early" else {}),
+    })  # fmt: skip
+
+
+def _finish(
+    parts: Parts,
+    run: Run,
+    model: nn.Module,
+    layout: Layout,
+    trainable: dict[str, nn.Parameter],
+    checkpoints: Checkpoints,
+    progress: Progress,
+    checksums: dict[str, int],
+) -> Run:
+    """Selects the weights, proves them and writes adapter/ (or model/ for full tuning)."""
+    selected, loss = progress.step, progress.last_evaluation
+    best = progress.best_step
+    if parts.recipe.evaluation.select == "best" and best is not None and best != progress.step:
+        checkpoints.load(best, trainable=trainable, optimizer=None)
+        selected, loss = best, progress.best_loss
+    proofs = dict(run.proofs)
+    if "movement" not in proofs and progress.updates >= 2:
+        raise TrainingError("The run did not prove that its adapter moved.", "Report this with the run folder.")
+    proofs["finite"] = prove_finite(trainable)
+    if checksums:
+        proofs["base_unchanged"] = prove_unchanged(_frozen(checksums, trainable), _frozen(weight_checksums(model), trainable))
+    digest = parts.base_weight_digest()
+    run = run.model_copy(update={
+        "proofs": proofs, "selected_step": selected, "evaluation_loss": loss, "base_weight_digest": digest,
+    })  # fmt: skip
+    if parts.devices.is_main:
+        _export(parts, run, model)
+    use_attention(parts.base.model, parts.base.attention)
+    parts.devices.wait()
+    return run
+
+
+def _frozen(checksums: dict[str, int], trainable: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Checksums of what is frozen, under the names that it had before PEFT put its layers around it."""
+
+    def plain(name: str) -> str:
+        return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+    trained = {plain(name) for name in trainable}
+    return {plain(name): value for name, value in checksums.items() if plain(name) not in trained}
+
+
+def _export(parts: Parts, run: Run, model: nn.Module) -> None:
+    lora = parts.recipe.adapter.method == "lora"
+    final = parts.folder / ("adapter" if lora else "model")
+    temporary = final.with_name(f".{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if lora:
+            extra = {"run": parts.folder.name, "step": run.selected_step, "base_weight_digest": run.base_weight_digest}
+            save_adapter(model, temporary, facts=parts.facts, extra=extra)  # type: ignore[arg-type]
+        else:
+            weights = model.to(torch.bfloat16) if parts.base.compute_dtype == torch.bfloat16 else model
+            weights.save_pretrained(str(temporary))  # type: ignore[operator]
+            parts.save_tokenizer(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except OSError as error:
+        raise OutputError(f"{final} could not be written: {error}.", f"Free disk space, then onlay train --resume {parts.folder}") from None
+
+
+def _save_run(parts: Parts, run: Run) -> None:
+    if parts.devices.is_main:
+        run.save(parts.folder)
+
+
+def environment(devices: Devices) -> dict[str, str]:
+    """What the numbers of a run depend on."""
+    name = torch.cuda.get_device_name(devices.device) if devices.device.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("torch", "transformers", "peft", "accelerate")
+    return {
+        "device": name, "devices": str(devices.world), "threads": str(torch.get_num_threads()), "python": platform.python_version(),
+        "onlay": __version__, **{package: version(package) for package in packages},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }  # fmt: skip
