@@ -7,7 +7,9 @@ change, 130 interrupted.  torch is never loaded for --help.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,72 +21,97 @@ from onlay.errors import OnlayError
 
 app = typer.Typer(
     help="LoRA fine-tuning of open language models: from a data file to a proven adapter.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, progress on standard error.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output, progress on standard error.")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a recipe field; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a recipe field; may be repeated."),
 ]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe; `onlay init DATA` writes one.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 SystemOption = Annotated[str | None, typer.Option("--system", help="System message. Default: the recipe's.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from the likeliest tokens that make up this share.")]
-PenaltyOption = Annotated[float, typer.Option("--repetition-penalty", min=1.0, help="Above 1, tokens said before become less likely.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from the likeliest tokens that make up this share.")
+]
+PenaltyOption = Annotated[
+    float, typer.Option("--repetition-penalty", min=1.0, help="Above 1, tokens said before become less likely.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 CompareOption = Annotated[bool, typer.Option("--compare", help="The base's answer beside the adapter's.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 def init(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, or a hub data set owner/name.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the recipe. Default: DATA's name with .yaml.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the recipe. Default: DATA's name with .yaml.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at the data and the device, propose a base that fits, and write a commented recipe."""
+    """Write a commented recipe for a data file.
+
+    Looks at the data and the device and proposes an ungated base that fits.
+    """
     from onlay import stages
 
     path, summary = stages.init(data, output=output)
-    _out({"recipe": str(path), "summary": summary}, as_json, lambda: print(f"{summary}\nWrote {path}.\n\nNext: onlay train {path}"))
+
+    def display() -> None:
+        print("\n".join([*summary, f"Wrote {path}.", ""]))
+        _next(f"onlay prepare {path} --show 3, then onlay train {path}")
+
+    _out({"recipe": str(path), "summary": " ".join(summary)}, as_json, display)
 
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Check Python, torch, CUDA, disk and packages; say what is missing and the line that installs it."""
+    """Say what is missing here, and how to install it.
+
+    Looks at Python, torch, CUDA, disk and packages.  Exits with 1 when something that every run needs is missing.
+    """
     from dataclasses import asdict
 
     from onlay.doctor import examine
 
     checks = examine()
+    well = all(check.ok for check in checks)
 
-    def show() -> None:
-        from rich.table import Table
+    def display() -> None:
+        from onlay.console import doctor_view
 
-        table = Table("", "what", "found", "to do", box=None, pad_edge=False)
-        for check in checks:
-            table.add_row("[green]ok[/]" if check.ok else "[red]no[/]", check.name, check.found, check.remedy or "")
-        _console(stderr=False).print(table)
+        doctor_view(_console(stderr=False), checks)
 
-    _out({"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}, as_json, show)
+    _out({"ok": well, "checks": [asdict(check) for check in checks]}, as_json, display)
+    if not well:
+        sys.exit(1)
 
 
 @app.command()
 def prepare(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows with the trained tokens coloured.")] = 0,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many rows with the trained tokens coloured.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Read, check, template and tokenize the data; cached by content."""
@@ -102,19 +129,24 @@ def prepare(
         console.print(dataset_table(dataset))
         if show:
             rows_coloured(console, prepared, show)
-        console.print(f"\nNext: onlay train {recipe}", highlight=False)
+        _next(f"onlay train {recipe}")
 
     _out(dataset.model_dump(mode="json") | {"digest": dataset.digest}, as_json, display)
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.")] = None,
     overrides: SetOption = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an interrupted run folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an interrupted run folder.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter; ends with a summary and the next command."""
+    """Train an adapter, or go on with an interrupted run.
+
+    Ends with a summary and the next command.  Ctrl-C saves; the exit code is then 130.
+    """
     from onlay import stages
     from onlay.console import Reporter
 
@@ -124,20 +156,22 @@ def train(
     def display() -> None:
         from onlay.console import run_table
 
-        console = _console(stderr=False)
-        console.print(run_table(run))
-        todo = f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay chat {run.path} --compare"
-        console.print(f"\nNext: {todo}", highlight=False, soft_wrap=True)
+        _console(stderr=False).print(run_table(run))
+        compare = "" if run.method == "full" else " --compare"
+        _next(f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay chat {run.path}{compare}")
 
     _out(run.model_dump(mode="json") | {"digest": run.digest}, as_json, display)
     if run.status == "interrupted":
-        raise typer.Exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 @app.command()
 def generate(
     run: RunArgument,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be repeated. Without it, one prompt a line from standard input.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="May be repeated. Without it, one prompt a line from standard input."),
+    ] = None,
     system: SystemOption = None,
     compare: CompareOption = False,
     max_new_tokens: TokensOption = 256,
@@ -151,7 +185,8 @@ def generate(
     from onlay import stages
     from onlay.console import Reporter, answers_table
 
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    piped = [] if prompt or sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = prompt or piped
     if not prompts:
         raise OnlayError("There is no prompt.", "Give --prompt '...', or one a line on standard input.")
     sampling = _sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
@@ -179,7 +214,10 @@ def chat(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk with a run's adapter; end with an empty line or Ctrl-D.  With --json, one message a line from standard input."""
+    """Talk with a run's adapter.
+
+    An empty line or Ctrl-D ends it.  With --json, messages are read from standard input, one a line.
+    """
     from onlay import stages
     from onlay.console import Reporter, answers_table
 
@@ -201,10 +239,12 @@ def chat(
 
 @app.command()
 def show(
-    what: Annotated[str, typer.Argument(metavar="RUN|DIGEST", help="A run folder, or the start of any record's digest.")],
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|DIGEST", help="A run folder, or the start of any record's digest.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show a record and the chain of records that it was made from."""
+    """Show a record and the chain it was made from."""
     from onlay import stages
     from onlay.records import Record
 
@@ -223,10 +263,9 @@ def show(
 @app.command()
 def log(as_json: JsonOption = False) -> None:
     """List the runs on this machine, newest first."""
-    from onlay import ledger
+    from onlay import stages
 
-    rows = ledger.runs()
-    runs = [row.values | {"digest": row.digest} for row in rows]
+    runs = [row.values | {"digest": row.digest} for row in stages.log()]
 
     def display() -> None:
         from onlay.console import log_table
@@ -238,7 +277,7 @@ def log(as_json: JsonOption = False) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the recipe's JSON schema, for editors and checks."""
+    """Print the recipe's JSON schema."""
     from onlay import stages
 
     print(json.dumps(stages.schema(), indent=2))
@@ -246,10 +285,15 @@ def schema() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Default: runs/demo-DATE-TIME.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder. Default: runs/demo-DATE-TIME.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the bundled base on bundled examples and show base and adapter side by side."""
+    """Train the bundled base and show what it learned.
+
+    Uses bundled examples; ends with base and adapter side by side on rows that were held out.
+    """
     from dataclasses import asdict
 
     from onlay import stages
@@ -257,14 +301,23 @@ def demo(
 
     with Reporter(_console()) as report:
         result = stages.demo(output=str(output) if output else None, report=report)
-    _out(asdict(result), as_json, lambda: demo_view(_console(stderr=False), result))
+
+    def display() -> None:
+        demo_view(_console(stderr=False), result)
+        _next(f"onlay chat {result.run} --compare")
+
+    _out(asdict(result), as_json, display)
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, seed: int) -> Any:
     from onlay.generation.engine import Sampling
 
     return Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
 
 
@@ -279,6 +332,11 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _next(command: str) -> None:
+    """The next command, on one line however long, so that it can be copied."""
+    print(f"\nNext: {command}")
+
+
 def _console(*, stderr: bool = True) -> Any:
     from rich.console import Console
 
@@ -286,24 +344,41 @@ def _console(*, stderr: bool = True) -> Any:
 
 
 def _out(values: dict[str, Any], as_json: bool, display: Callable[[], None]) -> None:
+    if os.environ.get("RANK", "0") != "0":  # Of several ranks the first speaks.
+        return
     if as_json:
         print(json.dumps(values, ensure_ascii=False))
     else:
         display()
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
-    """Entry point: OnlayErrors become two lines on standard error and their exit code."""
+    """Entry point: what a user can put right becomes two lines on standard error and an exit code."""
+    # Deprecations in transformers and peft speak to those who call them, not to those who train.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
     try:
-        app()
+        # Without Typer's own error page; Ctrl-C in a verb comes back as its exit code.
+        if app(prog_name="onlay", standalone_mode=False) == _INTERRUPTED:
+            _fail("Interrupted.", "What was saved before is kept; `onlay log` lists the runs.", _INTERRUPTED)
     except OnlayError as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": error.problem, "remedy": error.remedy}, ensure_ascii=False))
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+        _fail(error.problem, error.remedy, error.exit_code)
+    except typer.TyperException as error:
+        verb = next((word for word in sys.argv[1:2] if word in _verbs()), "")
+        _fail(" ".join(error.format_message().split()), f"See: onlay {verb} --help".replace("  ", " "), error.exit_code)
+
+
+def _verbs() -> list[str]:
+    return [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+
+
+def _fail(problem: str, remedy: str, exit_code: int) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": problem, "remedy": remedy}, ensure_ascii=False))
+    print(f"{problem}\n{remedy}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

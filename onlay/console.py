@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from onlay.doctor import Check
 from onlay.records import Dataset, Recovery, Run
 from onlay.stages import Demo, Loading, Prepared
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, training writes one line at most this often."""
+BAR_WIDTH = 12
+"""Leaves room for loss, tokens/s, memory and time left in 80 columns."""
+MOST_SHOWN = 12
+"""A mapping with more entries than this is counted, not listed."""
 
 
 class Reporter:
@@ -32,40 +38,50 @@ class Reporter:
         self._task: TaskID | None = None
         self._what = ""
         self._last_line = time.monotonic()
+        self._speed: float | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
     def __call__(self, event: Any) -> None:
         if isinstance(event, Recovery):
-            self.console.print(f"[yellow]{event.reason}[/]: {escape(event.detail)}; {escape(event.action)}.", highlight=False)
+            self._say(f"{event.reason}: {event.detail}; {event.action}.", style="yellow")
         elif isinstance(event, Loading):
             self._bar(event.what, event.done, event.total, "")
         elif isinstance(event, str):
-            self.console.print(f"[dim]{escape(event)}[/]", highlight=False)
+            self._say(event, style="dim")
         else:
             self._step(event)
 
+    def _say(self, text: str, *, style: str = "") -> None:
+        self.console.print(Text(text, style=style), soft_wrap=not self.console.is_terminal)
+
     def _step(self, step: StepReport) -> None:
-        speed = step.tokens / step.seconds
-        numbers = f"loss {step.loss:.4f}  {speed:,.0f} tokens/s  {step.memory_bytes / 2**30:.1f} GiB"
+        now = step.tokens / step.seconds
+        # Steps differ in length: the mean over about the last ten says more than the last.
+        self._speed = now if self._speed is None else 0.9 * self._speed + 0.1 * now
+        numbers = f"loss {step.loss:.4f}  {self._speed:,.0f} tokens/s  {step.memory_bytes / 2**30:.1f} GiB"
         self._bar("training", step.step, step.total_steps, numbers)
         due = time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or step.step in (1, step.total_steps)
         if not self.console.is_terminal and due:
             self._last_line = time.monotonic()
-            self.console.print(f"step {step.step}/{step.total_steps}  {numbers}  rate {step.learning_rate:.2e}", highlight=False)
+            self._say(f"step {step.step}/{step.total_steps}  {numbers}  rate {step.learning_rate:.2e}")
 
     def _bar(self, what: str, done: int, total: int, numbers: str) -> None:
         if not self.console.is_terminal:
             return
         if what != self._what:
             self._stop()
+            line = Column(no_wrap=True, overflow="ellipsis")
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(compact=True), console=self.console,
+                TextColumn("{task.description}", table_column=line), BarColumn(BAR_WIDTH), MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}", table_column=line), TimeRemainingColumn(compact=True),
+                console=self.console,
             )  # fmt: skip
             self._progress.start()
             self._task, self._what = self._progress.add_task(what, total=total, numbers=numbers), what
@@ -79,20 +95,49 @@ class Reporter:
 
 
 def _grid(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
+def _list(*columns: str, numbers: Sequence[str] = (), title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def doctor_view(console: Console, checks: Sequence[Check]) -> None:
+    table = _list("", "what", "found")
+    for check in checks:
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\n{check.remedy}", style="dim" if check.ok else "yellow")
+        table.add_row(Text("ok", "green") if check.ok else Text("no", "red"), Text(check.name), found)
+    console.print(table)
+
+
 def dataset_table(dataset: Dataset) -> Group:
-    table = Table("split", "rows", "examples", "tokens", "trained", "longest", title="Prepared", title_justify="left", box=None)
+    head = Text(
+        f"{dataset.source}: format {dataset.format}, template {dataset.template}, at most {dataset.max_tokens:,} tokens\n"
+    )
+    names = ("rows", "examples", "tokens", "trained", "longest")
+    table = _list("split", *names, numbers=names)
     for name, split in dataset.splits.items():
         share = f"{split.trained_tokens:,} ({split.trained_tokens / max(1, split.tokens):.0%})"
-        table.add_row(name, f"{split.rows:,}", f"{split.examples:,}", f"{split.tokens:,}", share, f"{split.longest_tokens:,}")
-    notes = [Text(f"{f.code}: {f.message}", style="yellow") for f in dataset.findings]
-    head = Text(f"{dataset.source}  format {dataset.format}  template {dataset.template}  at most {dataset.max_tokens:,} tokens")
-    return Group(head, table, *notes)
+        counts = (f"{split.rows:,}", f"{split.examples:,}", f"{split.tokens:,}", share, f"{split.longest_tokens:,}")
+        table.add_row(name, *counts)
+    return Group(head, table, *_findings(dataset))
+
+
+def _findings(dataset: Dataset) -> list[Text]:
+    notes = []
+    for finding in dataset.findings:
+        more = ", ..." if finding.count > len(finding.places) else ""
+        where = f" ({', '.join(finding.places)}{more})" if finding.places else ""
+        notes.append(Text(f"{finding.count:,} {finding.message}{where}", style="yellow"))
+    return [Text(""), *notes] if notes else []
 
 
 def rows_coloured(console: Console, prepared: Prepared, count: int) -> None:
@@ -107,21 +152,32 @@ def rows_coloured(console: Console, prepared: Prepared, count: int) -> None:
 
 def run_table(run: Run) -> Table:
     table = _grid(f"Run {run.path}: {run.status}")
-    table.add_row("steps", f"{run.steps:,} of {run.total_steps:,} in {run.seconds:.1f} s, {run.trained_tokens:,} trained tokens")
-    table.add_row("loss", f"{_number(run.first_loss)} first, {_number(run.last_loss)} over the last tenth")
+    for name, value in _summary(run):
+        table.add_row(name, Text(value))
+    return table
+
+
+def _summary(run: Run) -> Iterator[tuple[str, str]]:
+    yield "steps", f"{run.steps:,} of {run.total_steps:,} in {run.seconds:.1f} s, {run.trained_tokens:,} trained tokens"
+    yield "loss", f"{_number(run.first_loss)} at the first step, {_number(run.last_loss)} over the last tenth"
     if run.evaluation_loss is not None:
         kept = f" (step {run.selected_step})" if run.selected_step is not None else ""
-        table.add_row("held-out loss", f"{_number(run.base_evaluation_loss)} base, {_number(run.evaluation_loss)} kept{kept}")
-    table.add_row("trainable", f"{run.trainable_parameters:,} parameters")
+        yield "held-out loss", f"{_number(run.base_evaluation_loss)} before, {_number(run.evaluation_loss)} after{kept}"
+    yield "trainable", f"{run.trainable_parameters:,} parameters"
     if run.peak_memory_bytes:
-        table.add_row("peak memory", f"{run.peak_memory_bytes / 2**30:.2f} GiB")
+        yield "peak memory", f"{run.peak_memory_bytes / 2**30:.2f} GiB"
     for recovery in run.recoveries:
-        table.add_row("recovered", escape(f"step {recovery.step}: {recovery.reason}; {recovery.action}"))
-    table.add_row("proofs", escape(_proofs(run)))
-    table.add_row("layout", escape(run.fast_paths.get("layout", "")))
+        yield "recovered", f"step {recovery.step}: {recovery.reason}; {recovery.action}"
+    if run.error:
+        yield "error", run.error
+    yield "proofs", _proofs(run)
+    yield "layout", run.fast_paths.get("layout", "")
+    for name in ("left_out", "stopped_early"):
+        if name in run.fast_paths:
+            yield name.replace("_", " "), run.fast_paths[name]
     if run.status == "finished":
-        table.add_row("adapter", f"{run.path}/adapter")
-    return table
+        kind = "model" if run.method == "full" else "adapter"
+        yield kind, f"{run.path}/{kind}"
 
 
 def _proofs(run: Run) -> str:
@@ -142,33 +198,66 @@ def _number(value: float | None) -> str:
 
 
 def answers_table(results: list[dict[str, str]]) -> Table:
-    table = Table("prompt", *(["base"] if "base" in results[0] else []), "adapter", show_lines=True)
+    names = ["prompt", *(["base"] if "base" in results[0] else []), "answer"]
+    table = Table(*("adapter" if name == "answer" and len(names) == 3 else name for name in names), show_lines=True)
     for result in results:
-        base = [escape(result["base"])] if "base" in result else []
-        table.add_row(escape(result["prompt"]), *base, escape(result["answer"]))
+        table.add_row(*(Text(result[name]) for name in names))
     return table
 
 
 def log_table(runs: list[dict[str, Any]]) -> Table:
-    table = Table("run", "status", "steps", "held-out loss", "started", "digest", box=None, pad_edge=False)
+    table = _list("run", "status", "steps", "held-out loss", "started (UTC)", numbers=("steps",))
     for run in runs:
-        losses = f"{_number(run['base_evaluation_loss'])} -> {_number(run['evaluation_loss'])}"
-        table.add_row(run["path"], run["status"], f"{run['steps']}/{run['total_steps']}", losses, run["started"], run["digest"][:12])
+        losses = [run["base_evaluation_loss"], run["evaluation_loss"]]
+        change = " -> ".join(f"{loss:.3f}" for loss in losses) if None not in losses else "-"
+        steps = f"{run['steps']}/{run['total_steps']}"
+        table.add_row(Text(run["path"]), run["status"], steps, change, run["started"][:16].replace("T", " "))
     return table
 
 
 def record_view(console: Console, values: dict[str, Any], links: list[dict[str, str]], folder: Path) -> None:
     """A record's fields, the losses of its run as a line, and the chain behind it."""
     table = _grid(values.get("path", ""))
-    for key, value in values.items():
-        table.add_row(key, escape(str(value)))
+    for key, value in _fields(values):
+        table.add_row(key, Text(value))
     console.print(table)
     if (folder / "metrics.jsonl").is_file():
-        console.print(loss_curve(folder / "metrics.jsonl", width=min(console.width - 12, 100)))
-    chain = Table("made from", "digest", "at", box=None, pad_edge=False, title="Chain", title_justify="left")
-    for link in links:
-        chain.add_row(link["kind"], link["digest"][:12], link["path"])
-    console.print(chain)
+        console.print(loss_curve(folder / "metrics.jsonl", width=min(console.width - 24, 100)))
+    if links:
+        chain = _list("made from", "digest", "at", title="Chain")
+        for link in links:
+            chain.add_row(link["kind"], link["digest"][:12], Text(link["path"]))
+        console.print("", chain)
+
+
+def _fields(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields that hold something, nested ones as `outer.inner`; the chain shows the sources."""
+    for key, value in values.items():
+        if key in ("sources", "path") or value is None or value in ([], {}):
+            continue
+        if isinstance(value, dict) and len(value) <= MOST_SHOWN:
+            for inner, item in _fields(value):
+                yield f"{key}.{inner}", item
+        elif isinstance(value, dict):
+            yield key, f"{len(value):,} entries, such as {_short(dict([next(iter(value.items()))]))}"
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            for number, item in enumerate(value):
+                said = ", ".join(f"{name} {_short(inner)}" for name, inner in item.items() if inner not in (None, []))
+                yield key if not number else "", said
+        else:
+            yield key, _short(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_short(item) for item in value)
+    return str(value)
 
 
 def loss_curve(path: Path, *, width: int) -> Text:
@@ -187,16 +276,14 @@ def loss_curve(path: Path, *, width: int) -> Text:
 
 
 def demo_view(console: Console, demo: Demo) -> None:
-    table = Table("", "base", "adapter", title=f"On {demo.rows} held-out rows", title_justify="left", title_style="bold")
+    scores = _list("", "base", "adapter", numbers=("base", "adapter"), title=f"On {demo.rows} held-out rows")
     for name, label in (("exact_match", "exact match"), ("valid_json", "valid JSON")):
-        table.add_row(label, _percent(demo.base[name]), _percent(demo.adapter[name]))
-    table.add_row("held-out loss", _number(demo.base["evaluation_loss"]), _number(demo.adapter["evaluation_loss"]))
-    console.print(table)
+        scores.add_row(label, _percent(demo.base[name]), _percent(demo.adapter[name]))
+    scores.add_row("held-out loss", _number(demo.base["evaluation_loss"]), _number(demo.adapter["evaluation_loss"]))
     answers = Table("prompt", "base", "adapter", show_lines=True)
     for example in demo.examples:
-        answers.add_row(*(escape(example[key]) for key in ("prompt", "base", "adapter")))
-    console.print(answers)
-    console.print(f"Trained in {demo.train_seconds:.0f} s. Next: onlay chat {demo.run} --compare", highlight=False, soft_wrap=True)
+        answers.add_row(*(Text(example[key]) for key in ("prompt", "base", "adapter")))
+    console.print(scores, "", answers, f"Trained in {demo.train_seconds:.0f} s.", sep="\n", highlight=False)
 
 
 def _percent(value: float | None) -> str:

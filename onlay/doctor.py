@@ -189,11 +189,11 @@ def _optional(package: str, use: str) -> Check:
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name=package, found=f"not installed; for {use}", ok=True, remedy=_install_line(package))
+        return Check(name=package, found=f"not installed; for {use}", ok=True, remedy=install_line(package))
     return Check(name=package, found=version, ok=True)
 
 
-def _install_line(package: str) -> str:
+def install_line(package: str) -> str:
     """Through the extra that holds the package, where onlay has one."""
     for text in requirements():
         extra = re.search(r"extra\s*==\s*[\"']([\w-]+)[\"']", text)

@@ -33,7 +33,7 @@ class OutputError(OnlayError):
     """A folder exists already, a disk is full, or a run folder does not hold what is needed."""
 
 
-class EnvironmentProblem(OnlayError):
+class SetupError(OnlayError):
     """A package or device that the work needs is missing."""
 
 

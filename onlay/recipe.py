@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from onlay.errors import RecipeError
 
-FORMATS = ("auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "classification")
-TARGET_PRESETS = ("all-linear", "attention", "mlp", "qv")
+TargetPreset = Literal["all-linear", "attention", "mlp", "qv"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "trackio", "comet_ml", "clearml", "dvclive", "swanlab"]
+"""Those that Accelerate knows."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Strict: neither `rank: "16"` nor `seed: true` is a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -42,7 +46,7 @@ class LoraAdapter(Section):
     rank: int = Field(16, ge=1, le=1024, description="Inner dimension R of the update B A.")
     alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank. Default: 2 x rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
-    targets: str | list[str] = Field(
+    targets: TargetPreset | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="all-linear, attention, mlp, qv, or a list of the model's own module names."
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases train.")
@@ -76,7 +80,9 @@ class DataSection(Section):
         "auto", description="auto: the base's own chat template, else `plain`. Or a named one, or a .jinja file."
     )
     loss_on: Literal["assistant", "all"] = Field("assistant", description="Which tokens train.")
-    max_tokens: int | None = Field(None, ge=8, description="Longest example. Default: the base's context, at most 4096.")
+    max_tokens: int | None = Field(
+        None, ge=8, description="Longest example. Default: the base's context, at most 4096."
+    )
     overlong: Literal["drop", "cut", "error"] = Field(
         "drop", description="Examples over max_tokens: drop them, cut their end, or stop. Plain text is always split."
     )
@@ -88,21 +94,27 @@ class TrainingSection(Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
     batch_size: int = Field(16, ge=1, description="Examples per optimizer step, over all devices.")
     micro_batch_tokens: int | None = Field(
-        None, ge=8, description="Most tokens in one forward pass. Default: chosen for the device, halved when memory runs out."
+        None,
+        ge=8,
+        description="Most tokens in one forward pass. Default: chosen for the device, halved when memory runs out.",
     )
     packing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Several examples in one row without padding. auto: on a GPU, where the base keeps them apart."
+        "auto",
+        description="Several examples in one row without padding. auto: on a GPU, where the base keeps them apart.",
     )
     learning_rate: float | None = Field(None, gt=0, lt=1, description="Peak. Default: 2e-4 for lora, 2e-5 for full.")
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_fraction: float = Field(0.05, ge=0.0, le=1.0, description="Share of the steps over which the rate rises.")
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Shrinks the trained weights a little at every step.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: off.")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(
+        0, ge=0, lt=2**32,
+        description="Order of the rows, first adapter weights, dropout: the same seed gives the same run.",
+    )  # fmt: skip
     checkpoint_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: ten a run.")
     keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept; the best one is kept besides.")
     max_recoveries: int = Field(5, ge=0, description="Recoveries from divergence before the run stops.")
-    trackers: list[str] = Field([], description="Accelerate trackers: tensorboard, wandb, mlflow, ...")
+    trackers: list[Tracker] = Field([], description="Accelerate trackers: tensorboard, wandb, mlflow, ...")
     output: str | None = Field(None, description="Run folder; must not exist. Default: runs/NAME-DATE-TIME.")
 
 
@@ -111,7 +123,9 @@ class EvaluationSection(Section):
         0.05, gt=0.0, lt=1.0, description="Share of the training rows held out, by prompt; null: off unless `file`."
     )
     file: str | None = Field(None, description="Held-out rows in a file of their own; `split` is then not used.")
-    every_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: at each checkpoint.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations. Default: up to ten a run, for a tenth of its time."
+    )
     max_rows: int = Field(256, ge=1, description="Held-out rows used by the evaluations during training.")
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better loss.")
     select: Literal["best", "last"] = Field("best", description="Which weights become the run's adapter.")
@@ -142,7 +156,7 @@ class Recipe(Section):
         return 2e-4 if self.adapter.method == "lora" else 2e-5
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def digest_of(value: Any) -> str:
@@ -157,21 +171,24 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise RecipeError(f"{key_node.value} is given twice (line {line}).", "Delete one of the two lines.")
+                raise yaml.MarkedYAMLError(problem=f"{key_node.value} is given twice", problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that the loader would read as numbers, such as a commit `12e4567`."""
 
 
-def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+0123456789."])
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+0123456789."])
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe and applies `section.field=value` overrides.  Raises RecipeError.
 
     Paths in the recipe stay as written: they are relative to the folder the command runs in.
@@ -187,9 +204,16 @@ def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         what = getattr(error, "problem", None) or "not YAML"
-        raise RecipeError(f"{path}{line}: {what}.", "Indent with spaces, and quote texts that contain ': '.") from None
+        hint = (
+            "Delete one of the two."
+            if "given twice" in what
+            else "Indent with spaces, and quote texts that contain ': '."
+        )
+        raise RecipeError(f"{path}{line}: {what}.", hint) from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text.", "Give a YAML recipe; `onlay init DATA` writes one.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no sections.", "A recipe has at least model.base and data.train.")
     for override in overrides:
@@ -201,27 +225,84 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     """A validated Recipe from nested dictionaries.  Raises RecipeError naming the first field that is wrong."""
     values = {key: section for key, section in values.items() if section is not None}
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        details = error.errors()
-        problem, remedy = _explain(details[0])
+        # Where a field may be of several types, each of them complains: count fields.
+        details = {_name_of(detail): detail for detail in reversed(error.errors())}
+        problem, remedy = _explain(error.errors()[0], values)
         if len(details) > 1:
             remedy += f" ({len(details) - 1} more after this one.)"
         raise RecipeError(problem, remedy) from None
+    _refuse_contradictions(recipe)
+    return recipe
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or len(parts) != 2:
+    if not equals or len(parts) != 2 or not all(parts):
         raise RecipeError(f"--set {override} is not section.field=value.", "Example: --set training.learning_rate=1e-4")
-    section = values.setdefault(parts[0], {})
+    if values.get(parts[0]) is None:
+        values[parts[0]] = {}
+    section = values[parts[0]]
     if not isinstance(section, dict):
-        raise RecipeError(f"{parts[0]} is not a section.", f"Sections: {', '.join(Recipe.model_fields)}.")
+        raise RecipeError(f"{parts[0]} = {_shown(section)} is not a section.", "A section holds lines of field: value.")
     try:
-        section[parts[1]] = yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
-        section[parts[1]] = text
+        value = text
+    # No field takes a mapping: `Be brief: always` is a text.
+    section[parts[1]] = text if isinstance(value, dict) else value
+
+
+_COLUMN_FIELDS = ("prompt_field", "answer_field", "messages_field", "text_field")
+_READ_COLUMNS = {
+    "alpaca": ("prompt_field", "answer_field"),
+    "prompt_completion": ("prompt_field", "answer_field"),
+    "messages": ("messages_field",),
+    "sharegpt": ("messages_field",),
+    "text": ("text_field",),
+    "classification": ("prompt_field", "text_field", "answer_field"),
+}
+"""The columns that each format reads; with `auto` the columns say the format."""
+
+
+def _refuse_contradictions(recipe: Recipe) -> None:
+    """Fields that would not be read because of another one.  Raises RecipeError."""
+    data, evaluation = recipe.data, recipe.evaluation
+    if recipe.model.weights == "random" and recipe.adapter.method != "full":
+        raise RecipeError(
+            f"model.weights = random needs adapter.method = full, not {recipe.adapter.method}.",
+            "An adapter on random weights learns nothing of use: set adapter.method to full.",
+        )
+    given = [name for name in _COLUMN_FIELDS if getattr(data, name) is not None]
+    if data.format == "auto":
+        fits = [read for read in _READ_COLUMNS.values() if set(given) <= set(read)]
+        # Text alone says `text`; a label beside it is only read where the format is given.
+        if not fits or ("text_field" in given and len(given) > 1):
+            together = " and ".join(f"data.{name}" for name in given)
+            raise RecipeError(
+                f"{together} belong to different formats.", "Keep those of one format, or set data.format."
+            )
+    else:
+        for name in given:
+            if name not in _READ_COLUMNS[data.format]:
+                names = " and ".join(f"data.{read}" for read in _READ_COLUMNS[data.format])
+                raise RecipeError(
+                    f"data.{name} is not read with data.format = {data.format}.",
+                    f"That format reads {names}: rename the field, or delete one of the two lines.",
+                )
+        if data.format == "text" and data.system is not None:
+            raise RecipeError(
+                "data.system is not read with data.format = text: plain text has no messages.",
+                "Delete one of the two lines.",
+            )
+    for name in ("patience", "every_steps"):
+        if getattr(evaluation, name) is not None and evaluation.split is None and evaluation.file is None:
+            raise RecipeError(
+                f"evaluation.{name} needs held-out rows, and evaluation.split is off.",
+                f"Set evaluation.split (0.05) or evaluation.file, or delete evaluation.{name}.",
+            )
 
 
 def field_paths() -> dict[str, Any]:
@@ -236,58 +317,130 @@ def field_paths() -> dict[str, Any]:
     }
     for name, classes in sections.items():
         for section in classes:
-            paths.update({f"{name}.{field}": info for field, info in section.model_fields.items()})
+            for field, info in section.model_fields.items():
+                paths.setdefault(f"{name}.{field}", info)
     return paths
 
 
-def _explain(detail: Any) -> tuple[str, str]:
+# ------------------------------------------------------------------------------------------------------------- errors
+
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+}
+_REQUIRED = {"model": "model.base", "data": "data.train"}
+
+
+def _location(detail: Any) -> list[str]:
+    """Section, field and position in a list.  Unions add the tried types' names to it; those are dropped."""
+    loc = detail["loc"]
+    if len(loc) > 1 and loc[0] == "adapter":
+        loc = (loc[0], *loc[2:]) if loc[1] in ("lora", "full") else loc
+    return [str(part) for part in loc[:2]]
+
+
+def _name_of(detail: Any) -> str:
+    return ".".join(_location(detail))
+
+
+def _explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
     """The two lines for one pydantic error."""
-    # A discriminated union adds the chosen method's name to the location: drop it.
-    location = [str(part) for part in detail["loc"] if part not in ("lora", "full")]
-    name = ".".join(location[:2])
-    given, kind, context = detail.get("input"), detail["type"], detail.get("ctx", {})
+    location, name = _location(detail), _name_of(detail)
+    given, kind = detail.get("input"), detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_field(name, location)
+        return _unknown_field(location, values)
     if kind == "missing":
+        name = _REQUIRED.get(name, name)
         return f"{name} is missing.", f"Add it to the recipe, or pass --set {name}=..."
     if kind == "union_tag_invalid":
-        return f"adapter.method = {given.get('method')} is not a method.", "Use lora or full."
+        return f"adapter.method = {_shown(given.get('method'))} is not a method.", "Use lora or full."
+    if len(location) < 2:
+        return (
+            f"{name} = {_shown(given)} is not a section.",
+            "A section holds lines of field: value, indented below its name.",
+        )
     info = field_paths().get(name)
-    default = "delete the line to get the default" if info is not None and not info.is_required() else "change it"
-    bounds = _bounds(info)
+    default = _default_of(info)
+    if name == "adapter.targets" and len(detail["loc"]) <= 4:
+        return (
+            f"adapter.targets = {_shown(given)} is neither a preset nor a list of modules.",
+            "Use all-linear, attention, mlp, qv, or a list such as [q_proj, v_proj].",
+        )
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        use = f"Use {info.default}, or {default}." if info is not None and info.default is not None else f"{default.capitalize()}."
-        return f"{name} = {given} is outside {bounds}.", use
+        use = (
+            f"Use {info.default}, or {default}."
+            if info is not None and info.default is not None
+            else f"{_capital(default)}."
+        )
+        return f"{name} = {given} is {_outside(info)}.", use
     if kind == "literal_error":
-        return f"{name} = {given} is not one of {context.get('expected', '')}.", f"Choose one of them, or {default}."
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{name} = {given!r} has the wrong type: it should be {message}.", f"Correct it, or {default}."
+        allowed = detail["ctx"]["expected"].replace("'", "")
+        return f"{name} = {_shown(given)} is not one of {allowed}.", f"Choose one of them, or {default}."
+    if kind == "string_too_short":
+        return f"{name} is empty.", f"Fill it, or {default}."
+    wanted = _KINDS.get(kind, detail["msg"])
+    quotes = "Put it in quotes" if kind == "string_type" and isinstance(given, int | float | date) else "Correct it"
+    shown = f'"{_shown(given)}"' if isinstance(given, str) else _shown(given)
+    return f"{name} = {shown} is not {wanted}.", f"{quotes}, or {default}."
 
 
-def _unknown_field(name: str, location: list[str]) -> tuple[str, str]:
-    known = list(field_paths()) if len(location) > 1 else list(Recipe.model_fields)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def _default_of(info: Any) -> str:
+    if info is None or info.is_required():
+        return "name another"
+    words = re.search(r"Default: (.+?)\.(?:\s|$)", info.description or "")
+    return "delete the line to get the default" + (f" ({words[1]})" if words else "")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _shown(value: Any) -> str:
+    """A value as the recipe would write it, on one line and not too long."""
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    text = " ".join(text.split()) or '""'
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_field(location: list[str], values: dict[str, Any]) -> tuple[str, str]:
+    name = ".".join(location)
+    fields = field_paths()
+    if name in fields:  # of another method
+        method = values["adapter"].get("method", "lora")
+        return f"{name} does not go with adapter.method = {method}.", "Delete one of the two lines."
+    leaf = location[-1]
+    near = [path for path in fields if path.split(".")[1] == leaf]  # the right field in the wrong section, or in none
+    if not near and len(location) == 1:
+        near = difflib.get_close_matches(leaf, Recipe.model_fields, n=1)
+    own = [path.split(".")[1] for path in fields if path.startswith(location[0] + ".")]
     if not near and len(location) > 1:
-        same_name = [path for path in known if path.split(".")[1] == location[1]]
-        near = same_name[:1] or difflib.get_close_matches(location[1], [path.split(".")[1] for path in known], n=1)
-        near = [next(path for path in known if path == n or path.split(".")[1] == n) for n in near]
+        near = [f"{location[0]}.{field}" for field in difflib.get_close_matches(leaf, own, n=1)]
+        anywhere = {path.split(".")[1]: path for path in fields}
+        near = near or [anywhere[field] for field in difflib.get_close_matches(leaf, anywhere, n=1)]
     if near:
         return f"{name} is not a recipe field.", f"Did you mean {near[0]}?"
-    section = location[0] if len(location) > 1 else ""
-    names = [path.split(".")[1] for path in known if path.startswith(section + ".")] if section else known
-    return f"{name} is not a recipe field.", f"Known here: {', '.join(names)}."
+    if len(location) > 1:
+        return f"{name} is not a recipe field.", f"Fields of {location[0]}: {', '.join(own)}."
+    return f"{name} is not a section.", f"Sections: {', '.join(Recipe.model_fields)}."
 
 
-def _bounds(info: Any) -> str:
-    low, high, low_open, high_open = "", "", False, False
+def _outside(info: Any) -> str:
+    """`outside 1..1024`, in the words that the field's bounds ask for."""
+    bounds: dict[str, Any] = {}
     for constraint in getattr(info, "metadata", []):
-        low = str(getattr(constraint, "ge", None) if hasattr(constraint, "ge") else low)
-        if hasattr(constraint, "gt"):
-            low, low_open = str(constraint.gt), True
-        if hasattr(constraint, "le"):
-            high = str(constraint.le)
-        if hasattr(constraint, "lt"):
-            high, high_open = str(constraint.lt), True
-    if not high:
-        return f"numbers above {low}" if low_open else f"{low} and up"
-    return f"{low}..{high}" + (" (end excluded)" if high_open or low_open else "")
+        bounds |= {
+            key: getattr(constraint, key)
+            for key in ("ge", "gt", "le", "lt")
+            if getattr(constraint, key, None) is not None
+        }
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if high is None:
+        return f"not above {low:g}" if "gt" in bounds else f"less than {low}"
+    excluded = [f"{bounds[key]:g}" for key in ("gt", "lt") if key in bounds and bounds[key] < 2**31]
+    high = f"{high:g}" if high < 2**31 else str(high - 1)
+    return f"outside {low:g}..{high}" + (f" ({' and '.join(excluded)} excluded)" if excluded else "")

@@ -23,7 +23,8 @@ class Record(BaseModel):
 
     @property
     def digest(self) -> str:
-        return digest_of(self.model_dump(mode="json"))
+        # Without defaults: a field that a later version adds leaves the digests of earlier records as they are.
+        return digest_of(self.model_dump(mode="json", exclude_defaults=True))
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -41,11 +42,13 @@ class Record(BaseModel):
         if not path.is_file():
             raise OutputError(f"{path} does not exist.", "Give a run folder made by onlay; `onlay log` lists them.")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise OutputError(f"{path} is not a {cls.kind} record: {field}: {first['msg']}.", "Was it edited?") from None
+            raise OutputError(
+                f"{path} is not a {cls.kind} record: {field}: {first['msg']}.", "Was it edited?"
+            ) from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -60,7 +63,9 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error.strerror}.", "Free disk space, or choose another folder.") from None
+        raise OutputError(
+            f"{path} could not be written: {error.strerror}.", "Free disk space, or choose another folder."
+        ) from None
 
 
 class ModelFacts(Record):
@@ -154,6 +159,8 @@ class Run(Record):
 
     kind: ClassVar[str] = "run"
     path: str
+    method: str = "lora"
+    """adapter.method: lora leaves adapter/ in the folder, full leaves model/."""
     status: str
     """running, finished, interrupted, failed."""
     started: str

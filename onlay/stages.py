@@ -5,6 +5,7 @@ What is cheap to check is checked before torch is imported, so a wrong recipe, f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay import ledger
-from onlay.errors import OutputError, RecipeError
+from onlay.doctor import install_line
+from onlay.errors import DataError, OnlayError, OutputError, RecipeError, SetupError
 from onlay.recipe import Recipe, read_recipe
 from onlay.records import RECORDS, Dataset, ModelFacts, Record, Run, write_whole
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from onlay.data.read import Conversation, Scan, Turn
     from onlay.data.template import ChatTemplate
     from onlay.generation.engine import Sampling
-    from onlay.training.devices import Devices
 
 Report = Callable[[Any], None]
 """Gets StepReport, Recovery, Loading and plain text, as they happen."""
@@ -59,21 +60,32 @@ class Source:
 
 
 def look(recipe: Recipe, *, report: Report = _silent) -> Source:
-    """Reads every row once and the base's headers.  Raises DataError, BaseModelError and RecipeError, within seconds."""
+    """Reads every row once and the base's headers.  Raises OnlayError, within seconds, for all that shows without torch."""
+    from onlay.data.build import hold_out, resolve_max_tokens
     from onlay.data.read import scan
+    from onlay.data.template import read_template
     from onlay.model.facts import check_targets, read_facts
 
-    if recipe.model.weights == "random" and recipe.adapter.method != "full":
-        raise RecipeError(
-            f"model.weights = random needs adapter.method = full, not {recipe.adapter.method}.",
-            "An adapter on random weights learns nothing of use: set adapter.method to full.",
-        )
+    _check_trackers(recipe)
+    if recipe.data.template != "auto":
+        read_template(recipe.data.template)
     scanned = scan(recipe.data.train, recipe.data, limit=recipe.data.max_rows)
     held_out = scan(recipe.evaluation.file, recipe.data, limit=None) if recipe.evaluation.file else None
+    hold_out(recipe, scanned, held_out)
     facts = read_facts(recipe.model, progress=lambda done, total: report(Loading("fetching the base", done, total)))
     if recipe.adapter.method == "lora":
         check_targets(facts, recipe.adapter.targets)
+    resolve_max_tokens(recipe, facts.context_tokens)
     return Source(recipe=recipe, scan=scanned, held_out_scan=held_out, facts=facts)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    """Accelerate leaves a tracker that is not installed out without a word."""
+    for tracker in recipe.training.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise SetupError(
+                f"training.trackers: {tracker} is not installed.", f"{install_line(tracker)}, or take it off the list."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +182,11 @@ def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
 def _check_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         unfinished = (folder / "run.json").is_file() and Run.load(folder).status != "finished"
-        remedy = f"Go on with it: onlay train --resume {folder}" if unfinished else "Choose another training.output, or move it away."
+        remedy = (
+            f"Go on with it: onlay train --resume {folder}"
+            if unfinished
+            else "Choose another training.output, or move it away."
+        )
         raise OutputError(f"training.output = {folder} exists already.", remedy)
 
 
@@ -180,16 +196,20 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     from onlay.model.facts import Digesting
     from onlay.model.load import load_base
     from onlay.model.tokenizer import pad_token_id
+    from onlay.training.devices import find_devices
     from onlay.training.session import Parts, train_adapter
 
     recipe, facts = source.recipe, source.facts
-    devices = _devices(recipe, folder)
-    folder = Path(_agreed(str(folder), devices))
+    devices = find_devices(trackers=recipe.training.trackers, folder=folder)
+    folder = Path(devices.agree(str(folder)))
     report = report if devices.is_main else _silent
     with devices.accelerator.main_process_first():
         prepared = prepare_source(source, report=report)
     if resume and Dataset.load(folder).digest != prepared.dataset.digest:
-        raise OutputError(f"The rows of {recipe.data.train} are no longer those that {folder} was begun with.", "Put the file back, or start a new run.")
+        raise OutputError(
+            f"The rows of {recipe.data.train} are no longer those that {folder} was begun with.",
+            "Put the file back, or start a new run.",
+        )
     hardware = find_hardware()
     digesting = Digesting(facts, ledger.home()) if devices.is_main else None
     report(f"loading {facts.name}")
@@ -209,7 +229,13 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         devices=devices, report=report, base_weight_digest=digesting.result if digesting else lambda: None,
         save_tokenizer=lambda path: prepared.tokenizer.save_pretrained(str(path)),
     )  # fmt: skip
-    run = train_adapter(parts, resume=resume)
+    try:
+        run = train_adapter(parts, resume=resume)
+    except OnlayError:
+        # The folder then holds a Run that says why: it belongs into the log too.
+        if devices.is_main and (folder / "run.json").is_file():
+            ledger.append(Run.load(folder), folder)
+        raise
     if devices.is_main:
         ledger.append(run, folder)
     return run
@@ -217,21 +243,6 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _devices(recipe: Recipe, folder: Path) -> Devices:
-    from accelerate import Accelerator
-
-    from onlay.training.devices import Devices
-
-    return Devices(Accelerator(log_with=recipe.training.trackers or None, project_dir=str(folder)))  # type: ignore[arg-type]
-
-
-def _agreed(text: str, devices: Devices) -> str:
-    """The first rank's text on every rank: folder names hold the time of day."""
-    from accelerate.utils import broadcast_object_list
-
-    return str(broadcast_object_list([text])[0]) if devices.world > 1 else text
 
 
 def _begin_folder(folder: Path, recipe: Recipe, prepared: Prepared) -> None:
@@ -262,7 +273,6 @@ class LoadedRun:
     model: Any
     tokenizer: Any
     template: ChatTemplate
-    has_adapter: bool
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -279,44 +289,71 @@ class LoadedRun:
         on_text: Callable[[str], None] | None = None,
         report: Report = _silent,
     ) -> list[str]:
-        """The next assistant turn of each conversation."""
+        """The next assistant turn of each conversation; never longer than the base's context leaves room for."""
         from onlay.generation.engine import generate as run_engine
 
+        prompts = [self.template.encode_prompt(turns) for turns in conversations]
+        longest, context = max(map(len, prompts), default=0), self.facts.context_tokens
+        if context is not None and longest >= context:
+            raise DataError(
+                f"The prompt has {longest:,} tokens; the context of {self.facts.name} is {context:,}, answer included.",
+                "Shorten it, or start a new conversation.",
+            )
+        stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
         ids = run_engine(
             self.model,
-            [self.template.encode_prompt(turns) for turns in conversations],
+            prompts,
             sampling=sampling,
             stop_token_ids=self.dataset.stop_token_ids,
             pad_token_id=self.pad_token_id,
-            use_adapter=use_adapter or not self.has_adapter,
-            on_token=_decoded(self.tokenizer, on_text) if on_text is not None else None,
+            context_tokens=context,
+            use_adapter=use_adapter,
+            on_token=stream.add if stream is not None else None,
             progress=lambda done, total: report(Loading("answering", done, total)),
         )
+        if stream is not None:
+            stream.finish()
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
 
-def _decoded(tokenizer: Any, on_text: Callable[[str], None]) -> Callable[[int], None]:
+class _TextStream:
     """Passes text on as it becomes whole: a character may take several tokens."""
-    ids: list[int] = []
-    said = ""
 
-    def on_token(token: int) -> None:
-        nonlocal said
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("�"):
-            return
-        on_text(text[len(said) :])
-        said = text
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._said = ""
 
-    return on_token
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self._say(text)
+
+    def finish(self) -> None:
+        """What is left when the answer ended within a character."""
+        self._say(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._on_text(text[len(self._said) :])
+            self._said = text
 
 
-def open_run(folder: str | Path, *, report: Report = _silent) -> LoadedRun:
-    """Loads a finished run's base and adapter (or its tuned model).  Raises OnlayError."""
+def open_run(folder: str | Path, *, compare: bool = False, report: Report = _silent) -> LoadedRun:
+    """Loads a finished run's base and adapter (or its tuned model).  Raises OnlayError.
+
+    `compare`: the base will be asked too, so an adapter is needed.
+    """
     folder = Path(folder)
     run = Run.load(folder)
     recipe = read_recipe(folder / "recipe.yaml")
+    if compare and recipe.adapter.method == "full":
+        raise OutputError(
+            f"{folder} was tuned in full: there is no adapter to leave out, so no base to compare with.",
+            "Leave --compare out.",
+        )
     full = recipe.adapter.method == "full"
     if not (folder / ("model" if full else "adapter")).is_dir():
         raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
@@ -339,7 +376,7 @@ def open_run(folder: str | Path, *, report: Report = _silent) -> LoadedRun:
         model = load_adapter(model, folder / "adapter", facts=facts)
     return LoadedRun(
         recipe=recipe, facts=facts, dataset=Dataset.load(folder), model=model, tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on), has_adapter=not full,
+        template=ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on),
     )  # fmt: skip
 
 
@@ -356,7 +393,7 @@ def generate(
     """Answers to prompts: {"prompt", "answer"} each, and "base" (the base's answer) with `compare`."""
     from onlay.generation.engine import Sampling as Settings
 
-    loaded = open_run(run, report=report)
+    loaded = open_run(run, compare=compare, report=report)
     sampling = sampling or Settings()
     conversations = [_turns(prompt, system or loaded.recipe.data.system) for prompt in prompts]
     answers = loaded.answer(conversations, sampling=sampling, on_text=on_text, report=report)
@@ -397,12 +434,19 @@ class Chat:
         return answer, base
 
 
-def chat(run: str | Path, *, sampling: Sampling | None = None, system: str | None = None, compare: bool = False, report: Report = _silent) -> Chat:
+def chat(
+    run: str | Path,
+    *,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    compare: bool = False,
+    report: Report = _silent,
+) -> Chat:
     """Opens a conversation with a run."""
     from onlay.data.read import Turn
     from onlay.generation.engine import Sampling as Settings
 
-    loaded = open_run(run, report=report)
+    loaded = open_run(run, compare=compare, report=report)
     system = system or loaded.recipe.data.system
     first = [Turn("system", system)] if system else []
     return Chat(loaded, sampling or Settings(), list(first), list(first) if compare else None)
@@ -417,8 +461,15 @@ def show(what: str | Path) -> tuple[Record | dict[str, Any], list[ledger.Row]]:
     if folder.is_dir():
         run = Run.load(folder)
         return run, list(ledger.chain(run))
+    if not set(str(what).lower()) <= set("0123456789abcdef"):
+        raise OutputError(f"{what} is neither a run folder nor the start of a digest.", "`onlay log` lists the runs.")
     row = ledger.find(str(what))
-    return (row.record() if row.kind in RECORDS else row.values), list(ledger.chain(row))
+    return (row.record() if row.kind in RECORDS else row.values | {"digest": row.digest}), list(ledger.chain(row))
+
+
+def log() -> list[ledger.Row]:
+    """The latest record of every run on this machine, newest first."""
+    return ledger.runs()
 
 
 # --------------------------------------------------------------------------------------------------------------- demo
@@ -457,10 +508,12 @@ def demo(*, output: str | None = None, report: Report = _silent) -> Demo:
     longest = max(len(loaded.tokenizer(text)["input_ids"]) for text in expected)
     sampling = Settings(max_new_tokens=longest + 8)
     texts = {
-        name: loaded.answer(prompts, sampling=sampling, use_adapter=name == "adapter", report=report) for name in ("base", "adapter")
+        name: loaded.answer(prompts, sampling=sampling, use_adapter=name == "adapter", report=report)
+        for name in ("base", "adapter")
     }
     scores: dict[str, dict[str, float | None]] = {
-        name: {"exact_match": exact_match(answers, expected), "valid_json": valid_json(answers, expected)} for name, answers in texts.items()
+        name: {"exact_match": exact_match(answers, expected), "valid_json": valid_json(answers, expected)}
+        for name, answers in texts.items()
     }
     kinds = _one_of_each_kind(expected)
     return Demo(
@@ -476,8 +529,9 @@ def demo(*, output: str | None = None, report: Report = _silent) -> Demo:
 
 def _held_out_rows(dataset: Dataset) -> list[Conversation]:
     from onlay.data.build import open_split
+    from onlay.data.read import Conversation
 
-    return list(open_split(dataset, "evaluation").rows())
+    return [row for row in open_split(dataset, "evaluation").rows() if isinstance(row, Conversation)]
 
 
 def _one_of_each_kind(expected: Sequence[str]) -> list[int]:
@@ -491,8 +545,8 @@ def _one_of_each_kind(expected: Sequence[str]) -> list[int]:
 # --------------------------------------------------------------------------------------------------------------- init
 
 
-def init(data: str | Path, *, output: str | Path | None = None) -> tuple[Path, str]:
-    """Looks at the data and the device and writes a commented recipe; returns its path and a summary."""
+def init(data: str | Path, *, output: str | Path | None = None) -> tuple[Path, list[str]]:
+    """Looks at the data and the device and writes a commented recipe; returns its path and a summary in sentences."""
     from onlay.hardware import find_hardware_light
     from onlay.starter import propose
 

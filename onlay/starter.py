@@ -17,7 +17,8 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from onlay.data.read import DETECTION_ROWS, detect_format, read_rows
+from onlay.data.read import DETECTION_ROWS, detect_format
+from onlay.data.sources import read_rows
 from onlay.errors import DataError
 from onlay.hardware import Hardware
 from onlay.recipe import DataSection, EvaluationSection, LoraAdapter, ModelSection, Section, TrainingSection
@@ -51,12 +52,6 @@ SMALL_CANDIDATE = Candidate(
     name="HuggingFaceTB/SmolLM2-360M-Instruct", num_parameters=361_800_000, licence="Apache-2.0"
 )
 CPU_CANDIDATE = Candidate(name="HuggingFaceTB/SmolLM2-135M-Instruct", num_parameters=134_500_000, licence="Apache-2.0")
-
-# What the recipe's own descriptions leave out.
-_WORDS = {
-    "training.weight_decay": "Shrinks the trained weights a little at every step.",
-    "training.seed": "Order of the rows, first adapter weights, dropout: the same seed gives the same run.",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +99,8 @@ def choose_base(hardware: Hardware) -> Candidate:
 
 def propose(
     data: str | Path, hardware: Hardware, *, section: DataSection | None = None, base: str | None = None
-) -> tuple[str, str]:
-    """A recipe for `data` as commented YAML, and a summary in one or two sentences.  Raises DataError.
+) -> tuple[str, list[str]]:
+    """A recipe for `data` as commented YAML, and a summary in three sentences.  Raises DataError.
 
     `section` carries what the user said about the data (column names, format); `base` overrides the choice.
     """
@@ -117,11 +112,8 @@ def propose(
     active = _active_fields(look, section, str(name))
     steps = _steps(look, active)
     why = _why(candidate, hardware)
-    text = _render(
-        active, header=[f"{data}: {look.words}.", f"Base: {name}{why}.", f"About {steps:,} optimizer steps."]
-    )
-    summary = f"{data}: {look.words}. Base: {name}{why}. About {steps:,} optimizer steps."
-    return text, summary
+    summary = [f"{data}: {look.words}.", f"Base: {name}{why}.", f"About {steps:,} optimizer steps."]
+    return _render(active, header=summary), summary
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -138,10 +130,11 @@ def _texts(value: Any) -> Iterator[str]:
 def _why(candidate: Candidate | None, hardware: Hardware) -> str:
     if candidate is None:
         return ""
-    billions = f"{candidate.num_parameters / 1e9:.1f} billion parameters"
+    millions = candidate.num_parameters / 1e6
+    size = f"{millions:.0f} million" if millions < 1000 else f"{millions / 1000:.1f} billion"
     gibibytes = f"{hardware.device_memory_bytes / 2**30:.0f} GiB"
     place = f"{hardware.devices[0].name} with {gibibytes}" if hardware.has_cuda else "a CPU"
-    return f" ({billions}, {candidate.licence}, no access request needed), chosen for {place}"
+    return f" ({size} parameters, {candidate.licence}, no access request needed), chosen for {place}"
 
 
 def _active_fields(look: Look, section: DataSection, base: str) -> dict[str, Any]:
@@ -199,7 +192,7 @@ def _render(active: dict[str, Any], *, header: list[str]) -> str:
 def _explain(key: str, info: FieldInfo) -> list[str]:
     if key == "adapter.method":
         return ["lora trains small matrices beside the frozen base; full trains every weight (no other field then)."]
-    words = info.description or _WORDS[key]
+    words = str(info.description)
     choices = _choices(info.annotation)
     if choices and not all(choice in words for choice in choices):
         words += f" One of: {', '.join(choices)}."

@@ -37,7 +37,7 @@ def test_the_text_is_a_recipe_with_and_without_its_commented_fields(tmp_path: Pa
     active = read_recipe(path)
     assert active.data.train == str(data)
     assert active.data.format == "prompt_completion"
-    assert f"{count:,} rows" in summary
+    assert f"{count:,} rows" in summary[0]
     path.write_text(FIELD.sub("  ", text))
     whole = read_recipe(path)
     assert whole == active

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
-from onlay.data.read import Conversation, Document, Row, Scan, ToolCall, Turn, read_items, scan
+from onlay.data.read import Conversation, Document, Scan, ToolCall, Turn, read_items, scan
+from onlay.data.sources import Row
 from onlay.data.template import NOTES, ChatTemplate, Encoded
 from onlay.errors import DataError, OutputError, RecipeError
 from onlay.recipe import Recipe, digest_of
@@ -95,7 +96,7 @@ def prepare_dataset(
     folder = Path(cache_folder).absolute() / key[:16]
     if (folder / "dataset.json").is_file():
         return Dataset.load(folder).model_copy(update={"path": str(folder)})
-    held_out = _split(recipe, scanned, evaluation_scan)
+    held_out = hold_out(recipe, scanned, evaluation_scan)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -151,7 +152,7 @@ def _rename_whole(unfinished: Path, folder: Path) -> None:
             unfinished.rename(folder)
 
 
-def _split(recipe: Recipe, scanned: Scan, evaluation_scan: Scan | None) -> np.ndarray | None:
+def hold_out(recipe: Recipe, scanned: Scan, evaluation_scan: Scan | None) -> np.ndarray | None:
     """Which training rows are held out (bool, one a row); None where none are.  Raises DataError."""
     if evaluation_scan is not None:
         _refuse_shared_prompts(recipe, scanned, evaluation_scan)

@@ -615,14 +615,18 @@ def _find_source(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str
         if own:
             return "base", own
         template = "plain"
+    return template, read_template(template)
+
+
+def read_template(template: str) -> str:
+    """The Jinja text of a named template or a file.  Raises RecipeError."""
     if template in NAMED:
-        return template, (files("onlay.data") / "templates" / f"{template}.jinja").read_text(
-            encoding="utf-8"
-        ).removesuffix("\n")
+        named = files("onlay.data") / "templates" / f"{template}.jinja"
+        return named.read_text(encoding="utf-8").removesuffix("\n")
     path = Path(template)
     if path.is_file():
         try:
-            return template, path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise RecipeError(f"data.template = {template} is not UTF-8 text.", "Give a Jinja file.") from None
     what = "is not a file" if path.suffix == ".jinja" or "/" in template else "is not a template"

@@ -22,12 +22,16 @@ from onlay.records import ModelFacts, write_whole
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ATTENTION_PARENT = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|mixer|temporal_block|mamba)([._]|$)|attention", re.I)
+ATTENTION_PARENT = re.compile(
+    r"(^|[._])(attn|attention|self_attn|self_attention|mixer|temporal_block|mamba)([._]|$)|attention", re.I
+)
 QUERY_VALUE = re.compile(r"^(q_proj|v_proj|query|value|wq|wv|q_lin|v_lin|q|v)$", re.I)
 FUSED_QKV = re.compile(r"^(query_key_value|qkv_proj|qkv|c_attn|wqkv|attn_qkv)$", re.I)
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """PEFT refuses `out_proj` and `conv1d` of these: their scan reads the weights without calling the module."""
+DIRECT_STEP_TYPES = ("falcon_mamba", "jamba", "mamba")
+"""These multiply by `dt_proj.weight` without calling the module: an adapter on it would never be used or trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +60,9 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
             found_experts = [name for name in experts if name == entry or name.endswith("." + entry)]
             if not found and not found_experts:
                 own = sorted({_leaf(name) for name in linears} | {".".join(name.split(".")[-2:]) for name in experts})
-                raise RecipeError(f"adapter.targets: {entry} is not a module of this base.", f"Its own are: {', '.join(own)}.")
+                raise RecipeError(
+                    f"adapter.targets: {entry} is not a module of this base.", f"Its own are: {', '.join(own)}."
+                )
             modules += found
             parameters += found_experts
         return Targets(modules=tuple(dict.fromkeys(modules)), parameters=tuple(dict.fromkeys(parameters)))
@@ -77,7 +83,9 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
         )
     if not chosen and not chosen_experts:
         own = ", ".join(sorted({_leaf(name) for name in linears}))
-        raise BaseModelError(f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {own}.")
+        raise BaseModelError(
+            f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {own}."
+        )
     return Targets(modules=tuple(chosen), parameters=tuple(chosen_experts))
 
 
@@ -89,7 +97,9 @@ def _linear_names(model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None  # type: ignore[operator]
-    skip = {"out_proj", "conv1d"} if getattr(model.config, "model_type", "") in MAMBA_TYPES else set()
+    kind = getattr(model.config, "model_type", "")
+    skip = {"out_proj", "conv1d"} if kind in MAMBA_TYPES else set()
+    skip |= {"dt_proj"} if kind in DIRECT_STEP_TYPES else set()
     return [
         name
         for name, module in model.named_modules()

@@ -4,7 +4,7 @@ Packing several examples into one row wastes nothing, but only some architecture
 layers carry state over the border, ALiBi and some position schemes count positions along the row.  So nothing is
 believed: two rows are run packed, padded and alone, and the first layout whose logits agree with `alone` is used.
 
-On CUDA in 16 bit, packed rows run through `torch.nn.attention.varlen` (flash attention with cumulative lengths), put in
+On a CPU padded rows run through `kernels/block_attention.py`.  On CUDA in 16 bit, packed rows run through `torch.nn.attention.varlen` (flash attention with cumulative lengths), put in
 as a transformers attention function; no mask is built and no shape compiles anew.  It is not used in float32, with
 logit soft-capping, attention sinks or heads wider than 256, which that kernel does not have: there the padded layout
 runs through SDPA.
@@ -18,8 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.torch_version import TorchVersion
+
+from onlay.kernels.block_attention import causal_attention, fits
 
 PACKED_ATTENTION = "onlay_packed"
+BLOCK_ATTENTION = "onlay_blocks"
+_KERNEL_GROUPS_HEADS = TorchVersion(torch.__version__) >= "2.13"
+"""Before torch 2.13 the kernel wants as many key heads as query heads: they are repeated then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +63,20 @@ def packed_attention(
         raise NotImplementedError("packed attention needs the borders of the examples (cu_seq_lens_q)")
     refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if refused or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"packed attention does not have {', '.join(refused) or 'dropout, masks or bidirectionality'}")
+        raise NotImplementedError(
+            f"packed attention does not have {', '.join(refused) or 'dropout, masks or bidirectionality'}"
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     if torch.is_autocast_enabled(query.device.type):  # autocast knows SDPA, but not this kernel
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    groups = query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {}
+    if groups > 1 and _KERNEL_GROUPS_HEADS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # (W - 1, 0): the token itself and W - 1 to its left, as transformers' sliding_window means it.
     window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
     out = varlen_attn(
@@ -74,10 +89,45 @@ def packed_attention(
         max_length_q,
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[None], None
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention on a CPU.  query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
+
+    Rows too long to keep their probabilities, and wide heads, go to SDPA.  Raises NotImplementedError for what the op does not have.
+    """
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    plain = attention_mask is None and not dropout and sliding_window is None and getattr(module, "is_causal", True)
+    if refused or not plain or query.shape[2] != key.shape[2] or query.dtype not in (torch.float32, torch.float64):
+        raise NotImplementedError("block attention has no masks, windows, dropout, soft-capping, sinks or 16-bit numbers")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows, heads, tokens, width = query.shape
+    groups = key.shape[1]
+    if fits(query):
+        out = causal_attention(
+            query.reshape(rows * groups, heads // groups, tokens, width),
+            key.reshape(rows * groups, tokens, width),
+            value.reshape(rows * groups, tokens, value.shape[-1]),
+            scale,
+        ).view(rows, heads, tokens, value.shape[-1])
+    else:
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compute_dtype: torch.dtype) -> Layout:
@@ -89,7 +139,9 @@ def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compu
     from onlay.errors import BaseModelError
 
     wants_packed = packing == "on" or (packing == "auto" and device.type == "cuda")
-    why_not = "padding by length is faster than packing on a CPU" if packing == "auto" else "packing is off in the recipe"
+    why_not = (
+        "padding by length is faster than packing on a CPU" if packing == "auto" else "packing is off in the recipe"
+    )
     native = model.config._attn_implementation
     if wants_packed:
         candidates = []
@@ -102,7 +154,9 @@ def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compu
             failure = _failure_of(model, packed=True, attention=attention, dtype=compute_dtype, mask=False)
             if failure is None:
                 use_attention(model, attention)
-                return Layout(packed=True, mask_padding=False, attention=attention, reason=f"packed rows, {attention} attention")
+                return Layout(
+                    packed=True, mask_padding=False, attention=attention, reason=f"packed rows, {attention} attention"
+                )
             failures.append(f"{attention}: {failure}")
         use_attention(model, native)
         why_not = "; ".join(failures)
@@ -111,11 +165,18 @@ def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compu
                 f"training.packing = on, but packed examples influence each other in this base ({why_not}).",
                 "Set training.packing to auto: rows are then padded, with the same gradient.",
             )
-    for mask in (False, True):
-        failure = _failure_of(model, packed=False, attention=native, dtype=compute_dtype, mask=mask)
+    # Older architectures bring their own attention and never call a registered one.
+    takes_ours = getattr(type(model), "_supports_attention_backend", False)
+    blocks = [(BLOCK_ATTENTION, False)] if device.type == "cpu" and takes_ours else []
+    for attention, mask in (*blocks, (native, False), (native, True)):
+        failure = _failure_of(model, packed=False, attention=attention, dtype=compute_dtype, mask=mask)
         if failure is None:
+            use_attention(model, attention)
             return Layout(
-                packed=False, mask_padding=mask, attention=native, reason=f"rows padded by length buckets, because {why_not}"
+                packed=False,
+                mask_padding=mask,
+                attention=attention,
+                reason=f"rows padded by length buckets, because {why_not}",
             )
     raise BaseModelError(
         f"Neither packed nor padded rows give this base the logits of each row alone ({failure}).",
@@ -124,10 +185,11 @@ def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compu
 
 
 def use_attention(model: nn.Module, attention: str) -> None:
-    if attention == PACKED_ATTENTION:
+    own = {PACKED_ATTENTION: packed_attention, BLOCK_ATTENTION: block_attention}
+    if attention in own:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+        AttentionInterface.register(attention, own[attention])
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)  # type: ignore[operator]
 
@@ -136,8 +198,9 @@ def use_attention(model: nn.Module, attention: str) -> None:
 def _failure_of(model: nn.Module, *, packed: bool, attention: str, dtype: torch.dtype, mask: bool) -> str | None:
     """None when two rows laid out this way give the logits of each alone; else what differed.
 
-    Half of the digits must agree (square root of the machine epsilon), and replacing the first row must leave the second
-    as it was: the leak itself, free of the noise of another layout.
+    Half of the digits must agree (square root of the machine epsilon).  And replacing the first row must leave the second
+    exactly as it was: the leak itself, free of the noise of another layout, however small it is in 16 bit.  Only where
+    padded rows change too, because fused experts round by how many tokens they get, may packed rows change as much.
     """
     native = model.config._attn_implementation
     device = next(model.parameters()).device
@@ -148,6 +211,7 @@ def _failure_of(model: nn.Module, *, packed: bool, attention: str, dtype: torch.
     model.eval()
     try:
         alone = [_logits(model, row[None], dtype)[0] for row in (first, second)]
+        padded = [_laid_out(model, [row, second], packed=False, mask=True, dtype=dtype)[1] for row in (first, other)]
         use_attention(model, attention)
         together = _laid_out(model, [first, second], packed=packed, mask=mask, dtype=dtype)
         swapped = _laid_out(model, [other, second], packed=packed, mask=mask, dtype=dtype)
@@ -158,16 +222,20 @@ def _failure_of(model: nn.Module, *, packed: bool, attention: str, dtype: torch.
     finally:
         use_attention(model, native)
         model.train(was_training)
-    epsilon = torch.finfo(dtype).eps
+    half_the_digits = math.sqrt(torch.finfo(dtype).eps)
     for name, found, expected, limit in (
-        ("row 1", together[0], alone[0], math.sqrt(epsilon)),
-        ("row 2", together[1], alone[1], math.sqrt(epsilon)),
-        ("row 2 after row 1 changed", swapped[1], together[1], 2 * epsilon),
+        ("row 1", together[0], alone[0], half_the_digits),
+        ("row 2", together[1], alone[1], half_the_digits),
+        ("row 2 after row 1 changed", swapped[1], together[1], 2 * _difference(padded[1], padded[0])),
     ):
-        difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        difference = _difference(found, expected)
         if not difference <= limit:
             return f"logits of {name} differ by {difference:.1e}, allowed {limit:.1e}"
     return None
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _laid_out(model: nn.Module, rows: list[Tensor], *, packed: bool, mask: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -176,13 +244,19 @@ def _laid_out(model: nn.Module, rows: list[Tensor], *, packed: bool, mask: bool,
         borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=rows[0].device)
         positions = torch.cat([torch.arange(n, device=rows[0].device) for n in lengths])[None]
         logits = _logits(
-            model, torch.cat(rows)[None], dtype, position_ids=positions, **packed_arguments(model, borders, max(lengths))
+            model,
+            torch.cat(rows)[None],
+            dtype,
+            position_ids=positions,
+            **packed_arguments(model, borders, max(lengths)),
         )
         return list(logits[0].split(lengths))
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     extra: dict[str, Any] = {}
     if mask:
-        extra["attention_mask"] = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        extra["attention_mask"] = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], batch_first=True
+        )
     logits = _logits(model, padded, dtype, **extra)
     return [logits[i, :n] for i, n in enumerate(lengths)]
 

@@ -77,7 +77,7 @@ def load_base(
         options["attn_implementation"] = attention
     try:
         # Most of the modeling code is imported by the first call.
-        with quick_import(), _quiet_transformers():
+        with quick_import(), quiet_transformers():
             if section.weights == "random":
                 weights = torch.float32
                 config = AutoConfig.from_pretrained(
@@ -158,7 +158,7 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports while loading; what matters in them is raised by `load_base`."""
     from transformers.utils import logging as untyped
 

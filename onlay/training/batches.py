@@ -50,6 +50,8 @@ class Batches:
         self.seed = seed
         self.rank = rank
         self.world = world
+        self.left_out: frozenset[int] = frozenset()
+        """Examples that no step takes any more; steps that would have are smaller."""
         self._plan = plan
         self._collate = collate
         self._order: tuple[int, np.ndarray] | None = None
@@ -61,7 +63,8 @@ class Batches:
         """Examples of optimizer step `step` (1 is the first), over all ranks."""
         positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.examples))
-        return np.array([self._permutation(int(epoch))[offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+        taken = [int(self._permutation(int(epoch))[offset]) for epoch, offset in zip(epochs, offsets, strict=True)]
+        return np.array([index for index in taken if index not in self.left_out], dtype=np.int64)
 
     def trained_tokens(self, step: int) -> int:
         """Tokens with a loss in this step, over all ranks.  The first token of an example never has one."""

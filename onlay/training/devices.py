@@ -6,7 +6,8 @@ share differently and one that runs out of memory is agreed on before anything i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,14 @@ class Devices:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def agree(self, text: str) -> str:
+        """The first rank's text on every rank: names of folders hold the time of day."""
+        if self.world == 1:
+            return text
+        from accelerate.utils import broadcast_object_list
+
+        return str(broadcast_object_list([text])[0])
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -70,3 +79,12 @@ class Devices:
         torch.distributed.all_reduce(flat)
         for grad, piece in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(piece.view_as(grad))
+
+
+def find_devices(*, trackers: Sequence[str] = (), folder: Path) -> Devices:
+    """Where this process runs, by Accelerate; `folder` is where trackers write."""
+    from accelerate import Accelerator
+
+    # Without `cpu`, Accelerate takes several ranks on a machine without accelerators for as many runs of one process.
+    on_cpu = not torch.accelerator.is_available()
+    return Devices(Accelerator(cpu=on_cpu, log_with=list(trackers) or None, project_dir=str(folder)))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ out the cut is made finer and the same step is repeated, with the same examples 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import resource
 import time
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 FIRST_CUT = 0.5
 """Learning rate after the first recovery from divergence ..."""
 REPEATED_CUT = 0.1
-"""... and after one that follows within HEALTHY_STEPS: then the rate itself is likely the cause."""
+"""... and after a spike that follows within HEALTHY_STEPS: then the rate itself is likely the cause."""
 HEALTHY_STEPS = 20
-MAX_OPTIMIZER_RETRIES = 3
+MAX_REPEATS = 3
+"""Of a step for which memory does not suffice and that cannot be cut finer."""
 FIRST_LOSS_SCALE = 2.0**14
+LEAST_LOSS_SCALE = 2.0
+"""A scale of 1 means that there is none."""
 SCALE_GROWTH_STEPS = 200
 
 
@@ -51,6 +55,8 @@ class Progress:
     budget_tokens: int = 0
     rate_scale: float = 1.0
     skipped_steps: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    """Examples that are left out of later epochs too."""
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     divergences: int = 0
     loss_scale: float = 1.0
@@ -63,8 +69,22 @@ class Progress:
     updates: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+    broken_updates: list[int] = field(default_factory=list)
+    """Steps at which memory ran out in the optimizer."""
+    metrics_bytes: int = 0
+    """Length of the metrics log: what stands behind is of work that was lost."""
     watch: dict[str, Any] = field(default_factory=dict)
     proofs: dict[str, Any] = field(default_factory=dict)
+
+
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+PATH_FIELDS = (
+    "step", "loss_scale", "scale_steps", "best_loss", "best_step", "evaluations_without_gain", "last_evaluation",
+    "updates", "trained_tokens",
+)  # fmt: skip
+"""What going back sets back; the rest of Progress is what was learned on the way and stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,81 +137,85 @@ class Task:
 def run_loop(task: Task, progress: Progress) -> str:
     """Trains from `progress` to the end.  Returns finished, stopped_early or interrupted; raises TrainingError."""
     began = time.perf_counter() - progress.seconds
+    task.batches.left_out = frozenset(progress.left_out)
     if progress.watch:
         task.watch.load(progress.watch)
     if progress.step == 0 and progress.base_loss is None and task.validate is not None:
         progress.base_loss = progress.last_evaluation = _evaluate(task, progress)
-    task.snapshots.take(progress.step, task.trainable, task.optimizer, task.watch)
-    optimizer_failures = 0
+    _keep_good_state(task, progress)
 
     while progress.step < task.total_steps:
         progress.seconds = time.perf_counter() - began
+        if _out_of_patience(task, progress):
+            return "stopped_early"
         if task.devices.largest(int(task.interrupted())):
             _save(task, progress)
             return "interrupted"
         step = progress.step + 1
-        if step in progress.skipped_steps:
-            progress.step = step
-            continue
-        step_began = time.perf_counter()
-
-        loss = _gradient(task, progress, step)
-        if not math.isfinite(loss):
-            _recover(task, progress, step, "not_finite", f"the loss of step {step} is {loss}", bad_steps=[step])
-            continue
-        grad_norm = task.finish_gradient(progress.loss_scale)
-        if not math.isfinite(grad_norm):
-            if progress.loss_scale > 1.0:  # float16: the scale was too large, which says nothing about the step
-                progress.loss_scale /= 2.0
-                progress.scale_steps = 0
-                continue
-            _recover(task, progress, step, "not_finite", f"the gradient norm of step {step} is {grad_norm}", bad_steps=[step])
-            continue
-        if task.watch.judge(step, loss) == "spike":
-            high = list(task.watch.high_steps)
-            detail = f"the loss rose to {loss:.3f} at steps {high}; the limit was {task.watch.limit():.3f}"
-            _recover(task, progress, step, "loss_spike", detail, bad_steps=high)
-            continue
-
-        rate = task.learning_rate(step) * progress.rate_scale
-        if not _update(task, rate):
-            optimizer_failures += 1
-            if optimizer_failures > MAX_OPTIMIZER_RETRIES:
-                raise _out_of_memory_error(step, "the optimizer's step")
-            _go_back(task, progress, step - 1)
-            _record(task, progress, step, "out_of_memory", "memory ran out in the optimizer's step",
-                    f"went back to step {progress.step} and repeats from there")
-            continue
-        optimizer_failures = 0
+        if step not in progress.skipped_steps and not _train_step(task, progress, step):
+            continue  # Recovered from something: `progress` says where to go on.
         progress.step = step
-        progress.updates += 1
-        progress.trained_tokens += task.batches.trained_tokens(step)
-        _grow_scale(progress)
-        task.after_update(progress)
-
-        tokens = task.batches.tokens(step)
-        seconds = time.perf_counter() - step_began
-        report = StepReport(step=step, total_steps=task.total_steps, loss=loss, learning_rate=rate, grad_norm=grad_norm,
-                            tokens=tokens, seconds=seconds, memory_bytes=peak_memory_bytes(task.devices.device))
-        task.report(report)
-        if task.metrics is not None:
-            task.metrics.write("step", step, loss=loss, learning_rate=rate, grad_norm=grad_norm, tokens=tokens,
-                               tokens_per_second=round(tokens / seconds, 1))
-        if task.snapshots.due(step) and not task.watch.high_steps:
-            task.snapshots.take(step, task.trainable, task.optimizer, task.watch)
+        _keep_good_state(task, progress)
 
         last = step == task.total_steps
         improved = False
         if task.validate is not None and (last or step % task.evaluation_steps == 0):
             improved = _evaluate_and_compare(task, progress)
         progress.seconds = time.perf_counter() - began
-        enough = task.patience is not None and progress.evaluations_without_gain >= task.patience
-        if last or improved or enough or step % task.checkpoint_steps == 0:
+        if last or improved or step % task.checkpoint_steps == 0 or _out_of_patience(task, progress):
             _save(task, progress)
-        if enough and not last:
-            return "stopped_early"
-    progress.seconds = time.perf_counter() - began
     return "finished"
+
+
+def _train_step(task: Task, progress: Progress, step: int) -> bool:
+    """One optimizer step.  False when it was not taken, because something went wrong and was recovered from."""
+    began = time.perf_counter()
+    if not len(task.batches.indices(step)):
+        return True  # All of its examples are left out.
+    loss, grad_norm = _finished_gradient(task, progress, step)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        what = (
+            f"gradient norm of step {step} is {grad_norm}" if math.isfinite(loss) else f"loss of step {step} is {loss}"
+        )
+        _recover(task, progress, step, "not_finite", f"the {what}", bad_steps=[*task.watch.high_steps, step])
+        return False
+    if alarm := task.watch.judge(step, loss):
+        _recover(task, progress, step, "loss_spike", alarm.detail, bad_steps=alarm.steps)
+        return False
+
+    rate = task.learning_rate(step) * progress.rate_scale
+    if not _update(task, rate):
+        _repeat_update(task, progress, step)
+        return False
+    progress.updates += 1
+    progress.trained_tokens += task.batches.trained_tokens(step)
+    _grow_scale(progress)
+    task.after_update(progress)
+
+    tokens = task.batches.tokens(step)
+    seconds = time.perf_counter() - began
+    report = StepReport(
+        step=step,
+        total_steps=task.total_steps,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=tokens,
+        seconds=seconds,
+        memory_bytes=peak_memory_bytes(task.devices.device),
+    )
+    task.report(report)
+    if task.metrics is not None:
+        task.metrics.write(
+            "step",
+            step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            tokens_per_second=round(tokens / seconds, 1),
+        )
+    return True
 
 
 def _gradient(task: Task, progress: Progress, step: int) -> float:
@@ -200,65 +224,106 @@ def _gradient(task: Task, progress: Progress, step: int) -> float:
     When memory runs out, on any device, all of them halve the token budget and repeat the step.
     """
     total = task.batches.trained_tokens(step)
-    while True:
+    nats = torch.zeros((), dtype=torch.float64, device=task.devices.device)
+
+    def work() -> None:
+        for micro_batch in task.batches.micro_batches(step, progress.budget_tokens):
+            loss = task.loss(task.model, micro_batch)
+            (loss * (progress.loss_scale / total)).backward()
+            nats.add_(loss.detach().double())
+
+    for attempt in itertools.count(1):
         task.optimizer.zero_grad(set_to_none=True)
         # The step's own randomness (dropout), whatever happened before it.
         torch.manual_seed((task.seed * 1_000_003 + step) * 1_009 + task.devices.rank)
-        nats = torch.zeros((), dtype=torch.float64, device=task.devices.device)
-        out_of_memory = False
-        try:
-            for micro_batch in task.batches.micro_batches(step, progress.budget_tokens):
-                loss = task.loss(task.model, micro_batch)
-                (loss * (progress.loss_scale / total)).backward()
-                nats += loss.detach().double()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            out_of_memory = True
-        if not task.devices.largest(int(out_of_memory)):
-            return task.devices.sum(float(nats)) / total
-        loss = nats = None  # type: ignore[assignment]
-        _halve_budget(task, progress, step, f"memory ran out in step {step}", longest=task.batches.longest(step),
-                      tokens=task.batches.tokens(step))
+        nats.zero_()
+        if _fits(task, work):
+            break
+        _cut_finer_for_step(task, progress, step, attempt)
+    return task.devices.sum(float(nats)) / total
+
+
+def _finished_gradient(task: Task, progress: Progress, step: int) -> tuple[float, float]:
+    """The step's loss and gradient norm; the gradient in .grad is summed over devices, unscaled and clipped.
+
+    In float16 a gradient that is not finite first of all means that the loss scale is too large: it is halved and the
+    step repeated.  Where no scale helps, it is not the scale's fault, and that is set back.
+    """
+    scale = progress.loss_scale
+    norm = math.nan
+
+    def work() -> None:
+        nonlocal norm
+        norm = task.finish_gradient(progress.loss_scale)
+
+    attempt = 0
+    while True:
+        loss = _gradient(task, progress, step)
+        if not math.isfinite(loss):
+            return loss, math.nan
+        if not _fits(task, work):
+            attempt += 1
+            _cut_finer_for_step(task, progress, step, attempt)
+        elif math.isfinite(norm):
+            return loss, norm
+        elif progress.loss_scale > LEAST_LOSS_SCALE:
+            progress.loss_scale /= 2.0
+            progress.scale_steps = 0
+        else:
+            progress.loss_scale = scale
+            return loss, norm
 
 
 def _update(task: Task, rate: float) -> bool:
     """One optimizer step; False when memory ran out in it on any device (weights may then be half updated)."""
-    out_of_memory = False
     for group in task.optimizer.param_groups:
         group["lr"] = rate
-    try:
+
+    def work() -> None:
         task.optimizer.step()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        out_of_memory = True
-    return not task.devices.largest(int(out_of_memory))
+
+    return _fits(task, work)
+
+
+def _repeat_update(task: Task, progress: Progress, step: int) -> None:
+    """Goes back after an update that broke off; what is repeated is the same, so the same weights come out."""
+    if progress.broken_updates.count(step) >= MAX_REPEATS:
+        raise _out_of_memory_error(step, "the optimizer's step")
+    progress.broken_updates.append(step)
+    _go_back(task, progress, step - 1)
+    action = f"went back to step {progress.step} and repeats from there"
+    _record(task, progress, step, "out_of_memory", "memory ran out in the optimizer's step", action)
 
 
 def _evaluate(task: Task, progress: Progress) -> float:
-    assert task.validate is not None
-    while True:
-        out_of_memory = False
-        loss = math.nan
-        try:
-            loss = task.validate(progress.budget_tokens)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            out_of_memory = True
-        if not task.devices.largest(int(out_of_memory)):
-            if task.metrics is not None:
-                task.metrics.write("evaluation", progress.step, loss=loss)
-            task.report(f"held-out loss {loss:.4f} at step {progress.step}")
-            return loss
-        _halve_budget(task, progress, progress.step, f"memory ran out in the evaluation after step {progress.step}",
-                      longest=task.longest_held_out_tokens, tokens=progress.budget_tokens)
+    validate, loss = task.validate, math.nan
+    assert validate is not None
+
+    def work() -> None:
+        nonlocal loss
+        loss = validate(progress.budget_tokens)
+
+    for attempt in itertools.count(1):
+        if _fits(task, work):
+            break
+        _cut_finer(
+            task,
+            progress,
+            progress.step,
+            f"memory ran out in the evaluation after step {progress.step}",
+            longest=task.longest_held_out_tokens,
+            tokens=progress.budget_tokens,
+            attempt=attempt,
+        )
+    if task.metrics is not None:
+        task.metrics.write("evaluation", progress.step, loss=loss)
+    task.report(f"held-out loss {loss:.4f} at step {progress.step}")
+    return loss
 
 
 def _evaluate_and_compare(task: Task, progress: Progress) -> bool:
     loss = progress.last_evaluation = _evaluate(task, progress)
-    if progress.best_loss is None or loss < progress.best_loss:
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_without_gain = 0
         return True
@@ -266,55 +331,106 @@ def _evaluate_and_compare(task: Task, progress: Progress) -> bool:
     return False
 
 
-def _halve_budget(task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int) -> None:
+def _out_of_patience(task: Task, progress: Progress) -> bool:
+    return task.patience is not None and progress.evaluations_without_gain >= task.patience
+
+
+def _fits(task: Task, work: Callable[[], None]) -> bool:
+    """Does it; False when memory ran out in it, on any device.  What it had allocated is then free."""
+    out_of_memory = False
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        out_of_memory = True
+    return not task.devices.largest(int(out_of_memory))
+
+
+def _cut_finer_for_step(task: Task, progress: Progress, step: int, attempt: int) -> None:
+    _cut_finer(
+        task,
+        progress,
+        step,
+        f"memory ran out in step {step}",
+        longest=task.batches.longest(step),
+        tokens=task.batches.tokens(step),
+        attempt=attempt,
+    )
+
+
+def _cut_finer(
+    task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int, attempt: int
+) -> None:
+    """Frees memory and halves the token budget, down to the longest example; a few times more it is only freed."""
     task.optimizer.zero_grad(set_to_none=True)
     _free_memory()
-    if progress.budget_tokens <= longest:
-        raise _out_of_memory_error(step, f"one example of {longest} tokens")
     before = progress.budget_tokens
-    # Below the longest example a smaller budget changes nothing.
-    progress.budget_tokens = max(min(before, tokens) // 2, longest)
-    _record(task, progress, step, "out_of_memory", detail,
-            f"micro-batches of at most {progress.budget_tokens} tokens instead of {before}; the same step is repeated")
+    if before > longest:
+        progress.budget_tokens = max(min(before, tokens) // 2, longest)
+        action = (
+            f"micro-batches of at most {progress.budget_tokens} tokens instead of {before}; the same step is repeated"
+        )
+    elif attempt <= MAX_REPEATS:
+        action = "memory was freed; the same step is repeated"
+    else:
+        raise _out_of_memory_error(step, f"one example of {longest} tokens")
+    _record(task, progress, step, "out_of_memory", detail, action)
 
 
 def _recover(task: Task, progress: Progress, step: int, reason: str, detail: str, *, bad_steps: list[int]) -> None:
-    """Goes back to the last good state, lowers the learning rate and leaves the bad steps' examples out."""
+    """Leaves the bad steps' examples out, lowers the learning rate, and goes back to before the harm was done.
+
+    A value that is not finite, out of the blue, is the examples' fault: it was seen before their update, so the weights
+    are good, and the examples are left out for good.  After a high loss, or a step that was left out, the weights are at
+    fault, and so is the update before the first sign of it.
+    """
     task.optimizer.zero_grad(set_to_none=True)
     if progress.divergences >= task.max_recoveries:
         raise TrainingError(
             f"Training diverges: after {progress.divergences} recoveries {detail}.",
-            "Lower training.learning_rate, look at the examples of these steps (onlay show RUN), or set adapter.dropout to 0.",
+            "Lower training.learning_rate, look at the examples of these steps, or allow more training.max_recoveries.",
         )
     progress.divergences += 1
-    last = max((s for s in progress.skipped_steps if s < bad_steps[0]), default=None)
-    repeated = last is not None and bad_steps[0] - last <= HEALTHY_STEPS
-    progress.rate_scale *= REPEATED_CUT if repeated else FIRST_CUT
-    # A loss that is not finite was seen before its update, so the weights are still good, unless the step before it was
-    # bad too.  A spike shows one step after the update that caused it: go back to before that.
-    good_step = step - 1 if reason == "not_finite" and last != step - 1 else bad_steps[0] - 2
-    if not (reason == "not_finite" and good_step == step - 1):
-        _go_back(task, progress, good_step)
+    last_skipped = max((s for s in progress.skipped_steps if s < bad_steps[0]), default=-HEALTHY_STEPS)
+    if reason == "not_finite" and len(bad_steps) == 1 and last_skipped != step - 1:
+        progress.rate_scale *= FIRST_CUT
+        progress.left_out = sorted({*progress.left_out, *task.batches.indices(step).tolist()})
+        task.batches.left_out = frozenset(progress.left_out)
+    else:
+        progress.rate_scale *= REPEATED_CUT if bad_steps[0] - last_skipped <= HEALTHY_STEPS else FIRST_CUT
+        cause = max((s for s in range(1, bad_steps[0]) if s not in progress.skipped_steps), default=bad_steps[0])
+        bad_steps = sorted({cause, *bad_steps})
+        _go_back(task, progress, cause - 1)
     progress.skipped_steps = sorted({*progress.skipped_steps, *bad_steps})
-    task.watch.high_steps = []
-    _record(task, progress, step, reason, detail,
-            f"continues from step {progress.step} without the examples of steps {bad_steps}, learning rate x {progress.rate_scale:g}")
+    without = f"step {bad_steps[0]}" if len(bad_steps) == 1 else f"steps {', '.join(map(str, bad_steps))}"
+    action = f"continues from step {progress.step} without the examples of {without}, learning rate x {progress.rate_scale:g}"
+    _record(task, progress, step, reason, detail, action)
     _save(task, progress)
 
 
+def _keep_good_state(task: Task, progress: Progress) -> None:
+    """Copies what the loop would need to go on from here, at some steps.  With a high loss, it may be no good state."""
+    if not task.snapshots.due(progress.step) or task.watch.high_steps:
+        return
+    state = {name: getattr(progress, name) for name in PATH_FIELDS} | {"watch": task.watch.state()}
+    task.snapshots.take(progress.step, trainable=task.trainable, optimizer=task.optimizer, state=state)
+
+
 def _go_back(task: Task, progress: Progress, step: int) -> None:
+    """Everything as it was after `step`, or the nearest step before that there is a copy of."""
     snapshot = task.snapshots.before(step)
     if snapshot is None:
         raise TrainingError("There is no good state to go back to.", "Lower training.learning_rate and start again.")
     task.optimizer.zero_grad(set_to_none=True)
     _free_memory()
-    restore(snapshot, task.trainable, task.optimizer, task.watch)
-    progress.step = snapshot.step
+    restore(snapshot, trainable=task.trainable, optimizer=task.optimizer)
+    task.watch.load(snapshot.state["watch"])
+    for name in PATH_FIELDS:
+        setattr(progress, name, snapshot.state[name])
     task.snapshots.forget_after(snapshot.step)
-    if task.devices.is_main:
-        task.checkpoints.forget_after(snapshot.step)
-    if progress.best_step is not None and progress.best_step > snapshot.step:
-        progress.best_loss = progress.best_step = None
+    if progress.best_step is not None and progress.best_step not in task.checkpoints.steps():
+        progress.best_loss = progress.best_step = None  # A better one had taken its place on the disk.
 
 
 def _record(task: Task, progress: Progress, step: int, reason: str, detail: str, action: str) -> None:
@@ -327,9 +443,17 @@ def _record(task: Task, progress: Progress, step: int, reason: str, detail: str,
 
 def _save(task: Task, progress: Progress) -> None:
     progress.watch = task.watch.state()
+    if task.metrics is not None:
+        progress.metrics_bytes = task.metrics.num_bytes
     if task.devices.is_main:
-        task.checkpoints.save(progress.step, trainable=task.trainable, optimizer=task.optimizer,
-                              progress=asdict(progress), best_step=progress.best_step)
+        task.checkpoints.save(
+            progress.step,
+            trainable=task.trainable,
+            optimizer=task.optimizer,
+            progress=asdict(progress),
+            snapshots=task.snapshots.stored(progress.step),
+            best_step=progress.best_step,
+        )
     task.devices.wait()
 
 
@@ -342,8 +466,8 @@ def _grow_scale(progress: Progress) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error, Python's, or the CPU allocator's, which is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """PyTorch's error, Python's, or one of those that are plain RuntimeErrors and known by their text only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(t in str(error) for t in OUT_OF_MEMORY_TEXTS)
 
 
 def _out_of_memory_error(step: int, what: str) -> TrainingError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +15,32 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    def __init__(self, path: Path, *, resume_step: int | None, accelerator: Accelerator | None = None) -> None:
-        """`resume_step`: lines of later steps are of work that was lost, and are taken out."""
+    def __init__(self, path: Path, *, keep_bytes: int = 0, accelerator: Accelerator | None = None) -> None:
+        """`keep_bytes`: length of the log when the checkpoint was written that the run goes on from.
+
+        What stands behind it is of work that was lost, and is taken out.  Raises OutputError.
+        """
         self.path = path
         self._accelerator = accelerator
-        if resume_step is not None and path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not buffered: a line that could not be written is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
+            self.num_bytes = min(keep_bytes, path.stat().st_size)
+            self._file.truncate(self.num_bytes)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """`event` is step, evaluation or recovery."""
-        line = json.dumps({"event": event, "step": step, **values})
+        """`event` is step, evaluation or recovery.  Raises OutputError."""
+        line = json.dumps({"event": event, "step": step, **values}).encode() + b"\n"
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise OutputError(f"{self.path} could not be written: {error.strerror}.", "Free disk space, then resume.") from None
+            raise self._unwritable(error) from None
+        self.num_bytes += len(line)
         if self._accelerator is not None:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self._accelerator.log(numbers, step=step)
@@ -40,17 +48,17 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return 2**62  # the half line of a killed process
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path} could not be written: {error.strerror}.",
+            f"Free disk space, then onlay train --resume {self.path.parent}",
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events in order; a step that was repeated after a recovery stands more than once, the last one counts."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) < 2**62]
+    # The last line is of a killed process when no line end follows it.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]

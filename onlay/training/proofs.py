@@ -25,9 +25,9 @@ class MovementProof:
         self._trainable = trainable
         self._before = {} if done else {name: p.detach().clone() for name, p in trainable.items()}
         self._received: set[str] = set()
-        self._hooks = [] if done else [
-            model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._pairs
-        ]
+        self._hooks = (
+            [] if done else [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._pairs]
+        )
         self._names = {id(p): name for name, p in trainable.items()}
 
     def _hook(self, name: str) -> Any:
@@ -42,7 +42,11 @@ class MovementProof:
         if not self._before:
             return None
         if not self._pairs:  # full tuning: every weight with a gradient must have moved at once
-            stuck = [n for n, p in self._trainable.items() if p.grad is not None and bool(p.grad.any()) and not self._moved(p)]
+            stuck = [
+                n
+                for n, p in self._trainable.items()
+                if p.grad is not None and bool(p.grad.any()) and not self._moved(p)
+            ]
             return self._finish("weights", len(self._trainable), stuck, [])
         part = "B" if updates == 1 else "A"
         idle = [name for name in self._pairs if name not in self._received]
@@ -72,7 +76,9 @@ def prove_finite(trainable: dict[str, nn.Parameter]) -> bool:
     """True; raises ProofError naming a weight with a value that is not finite."""
     for name, parameter in trainable.items():
         if not bool(torch.isfinite(parameter).all()):
-            raise ProofError(f"{name} holds values that are not finite.", "Lower training.learning_rate and train again.")
+            raise ProofError(
+                f"{name} holds values that are not finite.", "Lower training.learning_rate and train again."
+            )
     return True
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from onlay import __version__
@@ -45,6 +46,7 @@ SNAPSHOT_BYTES_A_STEP = 32 * 2**20
 """Snapshots are spaced so that copying costs at most about this much host traffic a step."""
 MOST_SNAPSHOT_STEPS = 100
 CHECKPOINTS_A_RUN = 10
+EVALUATION_SHARE = 0.1
 Event = StepReport | Recovery | str
 
 
@@ -77,7 +79,7 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     Raises TrainingError (the folder then holds a Run with status failed) and OutputError.
     """
     recipe, devices, base = parts.recipe, parts.devices, parts.base
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = Run.load(parts.folder).started if resume else datetime.now(UTC).isoformat(timespec="seconds")
     checksums = weight_checksums(base.model) if recipe.adapter.method == "lora" else {}
     model, left_out = _make_trainable(parts)
     layout = choose_layout(
@@ -88,14 +90,15 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     checkpoints = Checkpoints(parts.folder / "checkpoints", keep=recipe.training.keep_checkpoints)
     progress = _first_progress(parts) if not resume else _resumed(parts, checkpoints, trainable, optimizer)
     movement = MovementProof(model, trainable, done="movement" in progress.proofs)
-    metrics = _open_metrics(parts, resume_step=progress.step if resume else None)
-    fast_paths = {"layout": layout.reason, "cross_entropy": "at trained tokens only"}
+    metrics = _open_metrics(parts, keep_bytes=progress.metrics_bytes)
+    fast_paths = {"layout": layout.reason, "attention": layout.attention, "cross_entropy": "at trained tokens only"}
     if left_out:
         fast_paths["left_out"] = f"PEFT cannot adapt these beside fused experts: {', '.join(left_out)}"
     task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement)
+    task.snapshots.load(checkpoints.load_snapshots(progress.step))
     run = Run(
         sources={"recipe": recipe.digest, "model": parts.facts.digest, "dataset": parts.dataset.digest},
-        path=str(parts.folder), status="running", started=started, seconds=progress.seconds, steps=progress.step,
+        path=str(parts.folder), method=recipe.adapter.method, status="running", started=started, seconds=progress.seconds, steps=progress.step,
         total_steps=task.total_steps, examples=len(parts.train_examples), trained_tokens=progress.trained_tokens,
         trainable_parameters=sum(p.numel() for p in trainable.values()), fast_paths=fast_paths, environment=environment(devices),
     )  # fmt: skip
@@ -112,7 +115,8 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     except OnlayError as error:
         # Kept in the record; the error goes on to the user.
         failed = _outcome(parts, run, progress, task, status="failed")
-        _save_run(parts, failed.model_copy(update={"error": error.problem}))
+        with suppress(OutputError):  # On a full disk not even this: what could not be written first is what to tell.
+            _save_run(parts, failed.model_copy(update={"error": error.problem}))
         raise
     finally:
         if metrics is not None:
@@ -148,7 +152,9 @@ def default_budget_tokens(device: torch.device) -> int:
     return 16384 if gigabytes > 60 else 8192 if gigabytes > 20 else 4096
 
 
-def _resumed(parts: Parts, checkpoints: Checkpoints, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+def _resumed(
+    parts: Parts, checkpoints: Checkpoints, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Progress:
     steps = checkpoints.steps()
     if not steps:  # it was stopped before its first checkpoint: start over, same seed, same result
         return _first_progress(parts)
@@ -156,14 +162,14 @@ def _resumed(parts: Parts, checkpoints: Checkpoints, trainable: dict[str, nn.Par
     return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
 
 
-def _open_metrics(parts: Parts, *, resume_step: int | None) -> MetricsLog | None:
+def _open_metrics(parts: Parts, *, keep_bytes: int) -> MetricsLog | None:
     accelerator = None
     if parts.recipe.training.trackers:
         accelerator = parts.devices.accelerator
         accelerator.init_trackers(parts.folder.name, config=_flat(parts.recipe.model_dump(mode="json")))
     if not parts.devices.is_main:
         return None
-    return MetricsLog(parts.folder / "metrics.jsonl", resume_step=resume_step, accelerator=accelerator)
+    return MetricsLog(parts.folder / "metrics.jsonl", keep_bytes=keep_bytes, accelerator=accelerator)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +197,9 @@ def _make_task(
         return parts.plan(lengths, budget_tokens=budget, packed=layout.packed)
 
     collate = partial(parts.collate, packed=layout.packed, pad_token_id=parts.pad_token_id)
-    make_batches = partial(Batches, plan=plan, collate=collate, seed=training.seed, rank=devices.rank, world=devices.world)
+    make_batches = partial(
+        Batches, plan=plan, collate=collate, seed=training.seed, rank=devices.rank, world=devices.world
+    )
     batches = make_batches(parts.train_examples, batch_size=training.batch_size)
     loss = make_loss(model, layout, device=devices.device, compute_dtype=parts.base.compute_dtype)
     held_out = parts.held_out_examples
@@ -201,7 +209,9 @@ def _make_task(
 
     def validate(budget: int) -> float:
         assert held_out is not None
-        return held_out_loss(model, make_batches(held_out, batch_size=1), chosen, loss=loss, budget_tokens=budget, devices=devices)
+        return held_out_loss(
+            model, make_batches(held_out, batch_size=1), chosen, loss=loss, budget_tokens=budget, devices=devices
+        )
 
     def finish_gradient(loss_scale: float) -> float:
         parameters = list(trainable.values())
@@ -219,20 +229,32 @@ def _make_task(
         if results is not None:
             progress.proofs["movement"] = results
 
+    watch = Watch(batch_size=training.batch_size)
     total_steps = training.max_steps or batches.steps_for(training.epochs)
+    train_tokens = total_steps * training.batch_size * float(parts.train_examples.lengths.mean())
+    held_out_tokens = float(held_out.lengths[chosen].sum()) if held_out is not None else 0.0
     checkpoint_steps = training.checkpoint_steps or max(1, -(-total_steps // CHECKPOINTS_A_RUN))
     state_bytes = 3 * sum(p.nbytes for p in trainable.values())
     return Task(
         model=model, trainable=trainable, optimizer=optimizer, batches=batches, total_steps=total_steps,
         learning_rate=partial(learning_rate_at, peak=parts.recipe.learning_rate, total_steps=total_steps, section=training),
         loss=loss, finish_gradient=finish_gradient, validate=validate if held_out is not None else None,
-        after_update=after_update, interrupted=lambda: False, report=parts.report, devices=devices, watch=Watch(),
-        snapshots=Snapshots(every_steps=min(MOST_SNAPSHOT_STEPS, 4 + state_bytes // SNAPSHOT_BYTES_A_STEP)),
+        after_update=after_update, interrupted=lambda: False, report=parts.report, devices=devices, watch=watch,
+        snapshots=Snapshots(every_steps=max(watch.lag_steps, min(MOST_SNAPSHOT_STEPS, state_bytes // SNAPSHOT_BYTES_A_STEP))),
         checkpoints=checkpoints, metrics=metrics, seed=training.seed, checkpoint_steps=checkpoint_steps,
-        evaluation_steps=evaluation.every_steps or checkpoint_steps, patience=evaluation.patience,
+        evaluation_steps=evaluation.every_steps or _evaluation_steps(total_steps, train_tokens, held_out_tokens), patience=evaluation.patience,
         max_recoveries=training.max_recoveries,
         longest_held_out_tokens=int(held_out.lengths[chosen].max()) if held_out is not None else 0,
     )  # fmt: skip
+
+
+def _evaluation_steps(total_steps: int, train_tokens: float, held_out_tokens: float) -> int:
+    """Steps between evaluations: at most ten a run, and no more than cost a tenth of its time.
+
+    A token costs an evaluation about 0.4 of what it costs a step: a forward pass out of forward and backward.
+    """
+    affordable = EVALUATION_SHARE * train_tokens / max(1.0, 0.4 * held_out_tokens)
+    return -(-total_steps // max(1, min(CHECKPOINTS_A_RUN, int(affordable))))
 
 
 @torch.no_grad()
@@ -286,7 +308,9 @@ def _interruptible() -> Any:
 
 
 def _outcome(parts: Parts, run: Run, progress: Progress, task: Task, *, status: str) -> Run:
-    losses = [e["loss"] for e in read_metrics(parts.folder / "metrics.jsonl") if e["event"] == "step"]
+    events = read_metrics(parts.folder / "metrics.jsonl")
+    of_step = {e["step"]: e["loss"] for e in events if e["event"] == "step" and e["step"] not in progress.skipped_steps}
+    losses = [of_step[step] for step in sorted(of_step)]
     tail = losses[-max(1, len(losses) // 10) :]
     return run.model_copy(update={
         "status": {"stopped_early": "finished"}.get(status, status),
@@ -322,7 +346,9 @@ def _finish(
         raise TrainingError("The run did not prove that its adapter moved.", "Report this with the run folder.")
     proofs["finite"] = prove_finite(trainable)
     if checksums:
-        proofs["base_unchanged"] = prove_unchanged(_frozen(checksums, trainable), _frozen(weight_checksums(model), trainable))
+        proofs["base_unchanged"] = prove_unchanged(
+            _frozen(checksums, trainable), _frozen(weight_checksums(model), trainable)
+        )
     digest = parts.base_weight_digest()
     run = run.model_copy(update={
         "proofs": proofs, "selected_step": selected, "evaluation_loss": loss, "base_weight_digest": digest,
@@ -359,8 +385,11 @@ def _export(parts: Parts, run: Run, model: nn.Module) -> None:
             parts.save_tokenizer(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except OSError as error:
-        raise OutputError(f"{final} could not be written: {error}.", f"Free disk space, then onlay train --resume {parts.folder}") from None
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"{final} could not be written: {error}.", f"Free disk space, then onlay train --resume {parts.folder}"
+        ) from None
 
 
 def _save_run(parts: Parts, run: Run) -> None:
@@ -370,7 +399,11 @@ def _save_run(parts: Parts, run: Run) -> None:
 
 def environment(devices: Devices) -> dict[str, str]:
     """What the numbers of a run depend on."""
-    name = torch.cuda.get_device_name(devices.device) if devices.device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(devices.device)
+        if devices.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     packages = ("torch", "transformers", "peft", "accelerate")
     return {
         "device": name, "devices": str(devices.world), "threads": str(torch.get_num_threads()), "python": platform.python_version(),

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onlay.data import read
-from onlay.data.read import Conversation, Document, ToolCall, Turn, parse, prompt_key, read_rows, scan
+from onlay.data import read, sources
+from onlay.data.read import Conversation, Document, ToolCall, Turn, parse, prompt_key, scan
+from onlay.data.sources import read_rows
 from onlay.errors import DataError
 from onlay.recipe import DataSection
 
@@ -349,7 +350,7 @@ ROWS = [{"prompt": f'P{i} {{["é', "completion": f"C{i}"} for i in range(50)]
 def test_json_arrays_stream_in_chunks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None, wrapped: bool
 ) -> None:
-    monkeypatch.setattr(read, "CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", chunk)
     path = tmp_path / "a.json"
     value: Any = {"version": 12.5, "tags": ["x", [1]], "empty": [], "data": ROWS} if wrapped else ROWS
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""Causal attention on a CPU for short rows and narrow heads, by blocks of queries.
+
+What and why.  Very small bases have heads of 8 numbers; there attention is most of a step, and SDPA's flash kernel
+spends it on computing the scores again for the backward and on matrix products with narrow results.  Here blocks of
+queries skip the keys to their right, the probabilities are kept, and narrow results are computed transposed:
+bench/block_attention.py measures both.
+
+    forward    S = scale Q K^T (causal), P = softmax(S), O = P V
+    backward   dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)), dQ = scale dS K, dK = scale dS^T Q
+
+Layout.  Queries (N, R, T, D): R query heads share the keys and values (N, T, D) of their group, so N = rows x key heads;
+they go into one product of R x block queries, and keys are never repeated.
+Precision.  Everything in the dtype of the input (float32 or float64).
+Kept for the backward.  Q, K, V and P: N R T^2 / 2 numbers, which is why it is for short rows.
+When it is *not* used.  Off the CPU; with heads wider than WIDEST_HEAD, where SDPA is faster; in 16 bit; with attention masks, windows, dropout, soft-capping or sinks; when P would
+pass MOST_PROBABILITY_BYTES: `fits` tells, and SDPA does the work.
+Sources.  The blocks are those of FlashAttention (arXiv:2205.14135) without its recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_QUERIES = 64
+PIECE_NUMBERS = 2**18
+"""Probabilities of one piece: 1 MiB in float32, so that the passes over them find them in cache."""
+MOST_PROBABILITY_BYTES = 64 * 2**20
+WIDEST_HEAD = 8
+
+
+def fits(query: Tensor) -> bool:
+    """Whether query (..., T, D) has narrow heads, and probabilities small enough to keep."""
+    if query.shape[-1] > WIDEST_HEAD:
+        return False
+    return query.numel() // query.shape[-1] * query.shape[-2] // 2 * query.element_size() <= MOST_PROBABILITY_BYTES
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same by definition: query (N, R, T, D), key and value (N, T, D) -> (N, R, T, D)."""
+    scores = scale * query @ key[:, None].transpose(-1, -2)
+    above = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(above, -torch.inf).softmax(-1) @ value[:, None]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query (N, R, T, D), key and value (N, T, D) -> (N, R, T, D); can be differentiated once."""
+    out: Tensor = _BlockAttention.apply(query, key, value, scale)
+    return out
+
+
+def _pieces(groups: int, shared: int, tokens: int) -> Iterator[tuple[slice, int, int]]:
+    """(groups, first query, end of queries) of each piece of the scores, in a fixed order."""
+    for start in range(0, tokens, BLOCK_QUERIES):
+        end = min(start + BLOCK_QUERIES, tokens)
+        step = max(1, PIECE_NUMBERS // (shared * (end - start) * end))
+        for first in range(0, groups, step):
+            yield slice(first, min(first + step, groups)), start, end
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Products whose result is only D wide are computed transposed, (D, ...) from (D, ...): a CPU's matrix product is
+    three times as fast with a wide result as with a narrow one."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        groups, shared, tokens, _ = query.shape
+        query, key, value = query * scale, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+        out = query.new_empty((groups, shared, tokens, value.shape[1]))
+        above = torch.ones(BLOCK_QUERIES, BLOCK_QUERIES, dtype=torch.bool).triu_(1)
+        kept: list[Tensor] = []
+        for which, start, end in _pieces(groups, shared, tokens):
+            size = end - start
+            scores = torch.bmm(query[which, :, start:end].flatten(1, 2), key[which, :, :end])
+            scores.unflatten(1, (shared, size))[..., start:].masked_fill_(above[:size, :size], -torch.inf)
+            probabilities = scores.softmax(-1)
+            found = torch.bmm(value[which, :, :end], probabilities.transpose(1, 2))
+            out[which, :, start:end] = found.transpose(1, 2).unflatten(1, (shared, size))
+            kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *kept = ctx.saved_tensors  # the query holds the scale already, so dK needs none
+        groups, shared, tokens, _ = query.shape
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (which, start, end), probabilities in zip(_pieces(groups, shared, tokens), kept, strict=True):
+            size = end - start
+            grad_out = grad[which, :, start:end].flatten(1, 2)
+            grad_value[which, :, :end] += torch.bmm(grad_out.transpose(1, 2).contiguous(), probabilities)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                torch.bmm(grad_out, value[which, :, :end]), probabilities, -1, probabilities.dtype
+            )
+            rows = query[which, :, start:end].flatten(1, 2).transpose(1, 2).contiguous()
+            grad_key[which, :, :end] += torch.bmm(rows, grad_scores)
+            found = torch.bmm(key[which, :, :end], grad_scores.transpose(1, 2))
+            grad_query[which, :, start:end] = found.transpose(1, 2).unflatten(1, (shared, size))
+        return grad_query.mul_(ctx.scale), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None

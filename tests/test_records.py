@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from onlay.errors import OutputError
+from onlay.records import (
+    RECORDS,
+    Checkpoint,
+    Dataset,
+    Finding,
+    ModelFacts,
+    Record,
+    Recovery,
+    Run,
+    SplitFacts,
+    write_whole,
+)
+
+
+def model_facts(**changes: Any) -> ModelFacts:
+    values: dict[str, Any] = {
+        "name": "pocket", "path": "/bases/pocket", "revision": None, "licence": "apache-2.0",
+        "architecture": "LlamaForCausalLM", "model_type": "llama", "num_parameters": 10, "weight_bytes": 20,
+        "vocabulary_size": 4, "context_tokens": 8, "hidden_size": 2, "num_layers": 1,
+        "linear_shapes": {"layers.0.q_proj": (2, 3)}, "weight_fingerprint": "ab",
+    }  # fmt: skip
+    return ModelFacts(**(values | changes))
+
+
+def dataset(**changes: Any) -> Dataset:
+    values: dict[str, Any] = {
+        "path": "/p", "source": "rows.jsonl", "source_digest": "aa", "format": "messages", "template": "base",
+        "template_digest": "bb", "tokenizer_digest": "cc", "max_tokens": 8, "stop_token_ids": [2], "sources": {"data": "aa"},
+        "splits": {"train": SplitFacts(rows=3, examples=2, tokens=9, trained_tokens=4, longest_tokens=5)},
+        "findings": [Finding(code="overlong_dropped", count=1, message="too long", places=["rows.jsonl:2"])],
+    }  # fmt: skip
+    return Dataset(**(values | changes))
+
+
+def run(**changes: Any) -> Run:
+    values: dict[str, Any] = {
+        "path": "runs/a", "status": "finished", "started": "2026-11-01T00:00:00+00:00", "seconds": 1.5, "steps": 2,
+        "total_steps": 2, "examples": 3, "trained_tokens": 4, "sources": {"model": "aa", "dataset": "bb"},
+        "checkpoints": [Checkpoint(step=2, path="runs/a/checkpoints/step-0000002")],
+        "recoveries": [Recovery(step=1, reason="out_of_memory", detail="d", action="a")], "proofs": {"finite": True},
+    }  # fmt: skip
+    return Run(**(values | changes))
+
+
+EVERY = [model_facts(), dataset(), run()]
+
+
+@pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)
+def test_json_both_ways(record: Record, tmp_path: Path) -> None:
+    assert type(record).model_validate_json(record.to_json()) == record
+    path = record.save(tmp_path)
+    assert path == tmp_path / f"{record.kind}.json"
+    again = type(record).load(tmp_path)
+    assert again == record
+    assert again.digest == record.digest
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_every_kind_is_known() -> None:
+    assert {type(record) for record in EVERY} == set(RECORDS.values())
+    assert all(RECORDS[record.kind] is type(record) for record in EVERY)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        run(seconds=1.6),
+        run(status="failed"),
+        run(sources={"model": "aa", "dataset": "bc"}),
+        run(recoveries=[]),
+        run(proofs={"finite": False}),
+        run(checkpoints=[Checkpoint(step=2, path="runs/a/checkpoints/step-0000002", evaluation_loss=1.0)]),
+        run(first_loss=0.1),
+    ],
+)
+def test_any_change_changes_the_digest(other: Run) -> None:
+    assert other.digest != run().digest
+
+
+def test_the_digest_is_of_content_only() -> None:
+    assert run().digest == run(sources={"dataset": "bb", "model": "aa"}).digest
+    # Later versions add fields with defaults: those say nothing about records made before.
+    assert run(error=None, peak_memory_bytes=None).digest == run().digest
+    assert len(run().digest) == 64
+
+
+def test_a_record_is_frozen_and_strict() -> None:
+    with pytest.raises(ValidationError):
+        run().steps = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        run(colour="red")
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda values: values.pop("steps"), "steps"),
+        (lambda values: values.update(steps="many"), "steps"),
+        (lambda values: values.update(colour="red"), "colour"),
+        (lambda values: values["checkpoints"][0].pop("path"), "checkpoints.0.path"),
+    ],
+)
+def test_an_edited_file_is_told_with_the_field(tmp_path: Path, edit: Any, named: str) -> None:
+    path = run().save(tmp_path)
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(OutputError) as caught:
+        Run.load(tmp_path)
+    assert str(path) in caught.value.problem
+    assert f": {named}: " in caught.value.problem
+    assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\udcff"])
+def test_a_broken_file_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(OutputError, match="is not a run record"):
+        Run.load(tmp_path)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"run\.json does not exist"):
+        Run.load(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onlay.records.os.fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
