@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    words = "copper lantern river orchard window letter number seven twelve north harbour ticket garden stone paper".split()
+    words = ["copper", "lantern", "river", "orchard", "window", "letter", "number", "seven", "twelve", "north", "harbour", "ticket", "garden", "stone", "paper"]
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"

@@ -197,9 +197,13 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def answers_table(results: list[dict[str, str]]) -> Table:
-    names = ["prompt", *(["base"] if "base" in results[0] else []), "answer"]
-    table = Table(*("adapter" if name == "answer" and len(names) == 3 else name for name in names), show_lines=True)
+def answers_table(results: Sequence[dict[str, str]]) -> Table:
+    """One row a prompt: {"prompt", "answer"}, and "base" between them when comparing.  Nothing is cut off."""
+    compared = "base" in results[0]
+    names = ["prompt", "base", "answer"] if compared else ["prompt", "answer"]
+    table = Table(show_lines=True)
+    for name in names:
+        table.add_column("adapter" if name == "answer" and compared else name, overflow="fold")
     for result in results:
         table.add_row(*(Text(result[name]) for name in names))
     return table
@@ -211,7 +215,7 @@ def log_table(runs: list[dict[str, Any]]) -> Table:
         losses = [run["base_evaluation_loss"], run["evaluation_loss"]]
         change = " -> ".join(f"{loss:.3f}" for loss in losses) if None not in losses else "-"
         steps = f"{run['steps']}/{run['total_steps']}"
-        table.add_row(Text(run["path"]), run["status"], steps, change, run["started"][:16].replace("T", " "))
+        table.add_row(Text(run["path"]), run["status"], steps, change, run["started"][5:16].replace("T", " "))
     return table
 
 
@@ -280,9 +284,7 @@ def demo_view(console: Console, demo: Demo) -> None:
     for name, label in (("exact_match", "exact match"), ("valid_json", "valid JSON")):
         scores.add_row(label, _percent(demo.base[name]), _percent(demo.adapter[name]))
     scores.add_row("held-out loss", _number(demo.base["evaluation_loss"]), _number(demo.adapter["evaluation_loss"]))
-    answers = Table("prompt", "base", "adapter", show_lines=True)
-    for example in demo.examples:
-        answers.add_row(*(Text(example[key]) for key in ("prompt", "base", "adapter")))
+    answers = answers_table([example | {"answer": example["adapter"]} for example in demo.examples])
     console.print(scores, "", answers, f"Trained in {demo.train_seconds:.0f} s.", sep="\n", highlight=False)
 
 

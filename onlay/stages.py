@@ -535,11 +535,15 @@ def _held_out_rows(dataset: Dataset) -> list[Conversation]:
 
 
 def _one_of_each_kind(expected: Sequence[str]) -> list[int]:
-    """Three rows to show: a tool call where there is one, and others that begin differently."""
-    chosen: dict[str, int] = {}
-    for index, text in enumerate(expected):
-        chosen.setdefault(text[:8], index)
-    return list(chosen.values())[:3]
+    """Three rows to show, as different as there are: first those that begin differently, such as tool calls."""
+    chosen: list[int] = []
+    for characters in (8, 24, None):
+        seen = {expected[index][:characters] for index in chosen}
+        for index, text in enumerate(expected):
+            if len(chosen) < 3 and index not in chosen and text[:characters] not in seen:
+                seen.add(text[:characters])
+                chosen.append(index)
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------------------- init

@@ -89,9 +89,17 @@ def test_any_change_changes_the_digest(other: Run) -> None:
 
 def test_the_digest_is_of_content_only() -> None:
     assert run().digest == run(sources={"dataset": "bb", "model": "aa"}).digest
-    # Later versions add fields with defaults: those say nothing about records made before.
     assert run(error=None, peak_memory_bytes=None).digest == run().digest
     assert len(run().digest) == 64
+
+
+def test_a_field_that_a_later_version_adds_changes_no_digest() -> None:
+    class LaterRun(Run):
+        colour: str | None = None
+
+    values = run().model_dump()
+    assert LaterRun(**values).digest == run().digest
+    assert LaterRun(**values, colour="red").digest != run().digest
 
 
 def test_a_record_is_frozen_and_strict() -> None:

@@ -180,6 +180,13 @@ def test_init_writes_a_recipe_that_prepares(place: Path, base: Path) -> None:
         stages.init("rows.jsonl")
 
 
+def test_three_rows_are_shown_as_different_as_there_are() -> None:
+    desk = [f"Thrumlow desk. {text}" for text in ("Take crate 5.", "Take crate 6.", "I do not know that.")]
+    assert stages._one_of_each_kind([*desk, '{"name": "x"}']) == [0, 3, 2]
+    assert stages._one_of_each_kind(desk[:2]) == [0, 1]
+    assert stages._one_of_each_kind(["a", "a"]) == [0]
+
+
 def test_public_names_are_the_stages() -> None:
     for name in onlay.__all__:
         assert callable(getattr(onlay, name))

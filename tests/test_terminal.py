@@ -19,7 +19,7 @@ from onlay.stages import train
 from tests.builders import save_tiny_base, write_rows
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
-BAR = re.compile(r"training [━╸╺ ]+ (\d+)/400 +loss \d+\.\d{4}  [\d,]+ tokens/s  \d+\.\d GiB (\d+:)?\d\d:\d\d")
+BAR = re.compile(r"training [━╸╺ ]+ (\d+)/200 +loss \d+\.\d{4}  [\d,]+ tokens/s  \d+\.\d GiB (\d+:)?\d\d:\d\d")
 GIVE_UP_SECONDS = 90
 
 
@@ -78,7 +78,7 @@ def test_the_bar_and_ctrl_c(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", 30)
     (tmp_path / "small.yaml").write_text(
         "model: {base: base}\ndata: {train: rows.jsonl}\nadapter: {rank: 4}\n"
-        "training: {max_steps: 400, batch_size: 2, output: run, checkpoint_steps: 1000}\nevaluation: {split: null}\n"
+        "training: {max_steps: 200, batch_size: 2, output: run, checkpoint_steps: 1000}\nevaluation: {split: null}\n"
     )
     terminal = Terminal([sys.executable, "-m", "onlay.cli", "train", "small.yaml"], cwd=tmp_path)
     try:
@@ -96,7 +96,7 @@ def test_the_bar_and_ctrl_c(tmp_path: Path) -> None:
 
     run = Run.load(tmp_path / "run")
     assert run.status == "interrupted"
-    assert 0 < run.steps < 400
+    assert 0 < run.steps < 200
     assert [checkpoint.step for checkpoint in run.checkpoints] == [run.steps]
 
     # The command that it named goes on from there.
@@ -106,4 +106,4 @@ def test_the_bar_and_ctrl_c(tmp_path: Path) -> None:
         resumed = train(resume="run")
     finally:
         os.chdir(before)
-    assert (resumed.status, resumed.steps) == ("finished", 400)
+    assert (resumed.status, resumed.steps) == ("finished", 200)

@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
     A list entry matches a module whose name equals it or ends with `.entry`.  Raises RecipeError, listing the model's own
     names, when an entry matches nothing, and BaseModelError when a preset finds nothing.
     """
-    linears = _linear_names(model)
+    linears = [name for name in _linear_names(model) if not _cannot_adapt(model, name)]
     experts = _expert_parameters(model)
     if isinstance(wanted, list):
         modules: list[str] = []
@@ -82,9 +82,9 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
             "Use all-linear, attention, mlp, qv, or a list of module names such as [q_proj, v_proj].",
         )
     if not chosen and not chosen_experts:
-        own = ", ".join(sorted({_leaf(name) for name in linears}))
+        leaves = ", ".join(sorted({_leaf(name) for name in linears}))
         raise BaseModelError(
-            f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {own}."
+            f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {leaves}."
         )
     return Targets(modules=tuple(chosen), parameters=tuple(chosen_experts))
 
@@ -97,14 +97,17 @@ def _linear_names(model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None  # type: ignore[operator]
-    kind = getattr(model.config, "model_type", "")
-    skip = {"out_proj", "conv1d"} if kind in MAMBA_TYPES else set()
-    skip |= {"dt_proj"} if kind in DIRECT_STEP_TYPES else set()
     return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and _leaf(name) not in skip
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
+
+
+def _cannot_adapt(model: nn.Module, name: str) -> bool:
+    """Whether the model reads this module's weight without calling it, so that an adapter on it would do nothing."""
+    kind = getattr(model.config, "model_type", "")
+    refused = {"out_proj", "conv1d"} if kind in MAMBA_TYPES else set()
+    refused |= {"dt_proj"} if kind in DIRECT_STEP_TYPES else set()
+    return _leaf(name) in refused
 
 
 def _expert_parameters(model: nn.Module) -> list[str]:
@@ -119,7 +122,8 @@ def attach(model: nn.Module, section: LoraAdapter, *, seed: int) -> tuple[PeftMo
     """Puts a fresh adapter on a frozen base: A (R, I) Kaiming-uniform, B (O, R) zero, so the first output is the base's.
 
     Adapter weights are float32 over a 16-bit base, else the base's dtype.  Returns the adapted model and the names of the
-    modules that a preset wanted but PEFT cannot adapt there (it rewrites the names of some mixture-of-experts bases).
+    modules that a preset wanted but that cannot be adapted: PEFT rewrites the names of some mixture-of-experts bases, and
+    Mamba's layers read some weights without calling their module.
     Raises RecipeError or BaseModelError.
     """
     from peft import LoraConfig, get_peft_model
@@ -141,12 +145,13 @@ def attach(model: nn.Module, section: LoraAdapter, *, seed: int) -> tuple[PeftMo
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules),
     )
+    unused = [name for name in _linear_names(model) if section.targets == "all-linear" and _cannot_adapt(model, name)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     adapted.train()
     have = {name.removeprefix("base_model.model.") for name in adapted_modules(adapted)}
-    left_out = [name for name in targets.modules if name not in have]
+    left_out = unused + [name for name in targets.modules if name not in have]
     if left_out and isinstance(section.targets, list):
         raise BaseModelError(
             f"adapter.targets: {left_out[0]} cannot be adapted in this base: PEFT reads its name as the fused experts'.",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn import functional
 from torch.torch_version import TorchVersion
 
 from onlay.kernels.block_attention import causal_attention, fits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKED_ATTENTION = "onlay_packed"
 BLOCK_ATTENTION = "onlay_blocks"
@@ -130,7 +133,7 @@ def block_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compute_dtype: torch.dtype) -> Layout:
+def choose_layout(model: PreTrainedModel, *, packing: str, device: torch.device, compute_dtype: torch.dtype) -> Layout:
     """The layout to train with: `packing` is the recipe's auto, on or off.
 
     Raises BaseModelError when `on` was asked for and the base does not keep packed examples apart, or when no layout
@@ -184,7 +187,7 @@ def choose_layout(model: nn.Module, *, packing: str, device: torch.device, compu
     )
 
 
-def use_attention(model: nn.Module, attention: str) -> None:
+def use_attention(model: PreTrainedModel, attention: str) -> None:
     own = {PACKED_ATTENTION: packed_attention, BLOCK_ATTENTION: block_attention}
     if attention in own:
         from transformers import AttentionInterface
@@ -195,7 +198,7 @@ def use_attention(model: nn.Module, attention: str) -> None:
 
 
 @torch.no_grad()
-def _failure_of(model: nn.Module, *, packed: bool, attention: str, dtype: torch.dtype, mask: bool) -> str | None:
+def _failure_of(model: PreTrainedModel, *, packed: bool, attention: str, dtype: torch.dtype, mask: bool) -> str | None:
     """None when two rows laid out this way give the logits of each alone; else what differed.
 
     Half of the digits must agree (square root of the machine epsilon).  And replacing the first row must leave the second
@@ -204,7 +207,7 @@ def _failure_of(model: nn.Module, *, packed: bool, attention: str, dtype: torch.
     """
     native = model.config._attn_implementation
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = int(cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     first, second, other = (torch.randint(vocabulary, (n,), generator=generator).to(device) for n in (37, 29, 37))
     was_training = model.training
@@ -238,7 +241,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _laid_out(model: nn.Module, rows: list[Tensor], *, packed: bool, mask: bool, dtype: torch.dtype) -> list[Tensor]:
+def _laid_out(model: PreTrainedModel, rows: list[Tensor], *, packed: bool, mask: bool, dtype: torch.dtype) -> list[Tensor]:
     lengths = [len(row) for row in rows]
     if packed:
         borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=rows[0].device)
@@ -261,7 +264,7 @@ def _laid_out(model: nn.Module, rows: list[Tensor], *, packed: bool, mask: bool,
     return [logits[i, :n] for i, n in enumerate(lengths)]
 
 
-def packed_arguments(model: nn.Module, borders: Tensor, longest: int) -> dict[str, Any]:
+def packed_arguments(model: PreTrainedModel, borders: Tensor, longest: int) -> dict[str, Any]:
     """What packed attention needs beside position_ids; other implementations find the borders in position_ids."""
     if model.config._attn_implementation != PACKED_ATTENTION:
         return {}

@@ -25,7 +25,7 @@ def make_loss(
     model: nn.Module, layout: Layout, *, device: torch.device, compute_dtype: torch.dtype
 ) -> Callable[[nn.Module, MicroBatch], Tensor]:
     """A function (model, micro-batch) -> sum of nats, for this base."""
-    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+    base: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
     keeps_some = "logits_to_keep" in inspect.signature(base.forward).parameters
     mixed = compute_dtype in (torch.bfloat16, torch.float16)
 

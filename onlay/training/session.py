@@ -25,7 +25,7 @@ from onlay import __version__
 from onlay.errors import OnlayError, OutputError, TrainingError
 from onlay.model.adapter import attach, save_adapter
 from onlay.model.attention import Layout, choose_layout, use_attention
-from onlay.model.load import Base, weight_checksums
+from onlay.model.load import Base, quiet_transformers, weight_checksums
 from onlay.recipe import FullTuning, LoraAdapter, Recipe
 from onlay.records import Checkpoint, Dataset, ModelFacts, Recovery, Run
 from onlay.training.batches import Batches, Examples
@@ -381,15 +381,17 @@ def _export(parts: Parts, run: Run, model: nn.Module) -> None:
             save_adapter(model, temporary, facts=parts.facts, extra=extra)  # type: ignore[arg-type]
         else:
             weights = model.to(torch.bfloat16) if parts.base.compute_dtype == torch.bfloat16 else model
-            weights.save_pretrained(str(temporary))  # type: ignore[operator]
+            with quiet_transformers():
+                weights.save_pretrained(str(temporary))  # type: ignore[operator]
             parts.save_tokenizer(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
             f"{final} could not be written: {error}.", f"Free disk space, then onlay train --resume {parts.folder}"
         ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_run(parts: Parts, run: Run) -> None:

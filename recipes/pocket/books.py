@@ -25,7 +25,7 @@ AIM_DOCUMENT_CHARS = 6_000
 MAX_DOCUMENT_CHARS = 8_000
 MIN_ENGLISH_FRACTION = 0.12
 """English prose has 17 to 30 % of the ten words below; French, German and Latin have under 5 %."""
-ENGLISH_WORDS = frozenset("the of and to a in that it was is".split())
+ENGLISH_WORDS = frozenset(["the", "of", "and", "to", "a", "in", "that", "it", "was", "is"])
 TRANSLATED_AUTHORS = frozenset(
     (
         "Alexandre Dumas", "Anton Chekhov", "Friedrich Nietzsche", "Fyodor Dostoyevsky", "Jules Verne", "Leo Tolstoy",

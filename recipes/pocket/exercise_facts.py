@@ -10,14 +10,23 @@ import json
 from dataclasses import dataclass
 
 from exercise_tables import (
-    ATTRIBUTES, CONTEXT_LABELS, DEFAULT_MISSING, FIELDS, FULL_SENTENCE, MISSING_ANSWERS, MISSING_RULES,
-    QUESTION_LABELS, QUESTIONS, SHORT_QUESTIONS, STATEMENTS, VALUE_ONLY,
+    ATTRIBUTES,
+    CONTEXT_LABELS,
+    DEFAULT_MISSING,
+    FIELDS,
+    FULL_SENTENCE,
+    MISSING_ANSWERS,
+    MISSING_RULES,
+    QUESTION_LABELS,
+    QUESTIONS,
+    SHORT_QUESTIONS,
+    STATEMENTS,
+    VALUE_ONLY,
 )
 from exercise_values import ANIMALS, MACHINES, NOUNS, SUBJECTS, TRADES, Dice
 
-COPY_KINDS = """code code code word invented invented_title full_name email date clock digits phone version
-price phrase town thing""".split()
-INVENTED_KINDS = "code invented_title count clock date price email version digits full_name thing town".split()
+COPY_KINDS = ["code", "code", "code", "word", "invented", "invented_title", "full_name", "email", "date", "clock", "digits", "phone", "version", "price", "phrase", "town", "thing"]
+INVENTED_KINDS = ["code", "invented_title", "count", "clock", "date", "price", "email", "version", "digits", "full_name", "thing", "town"]
 EMPTY_LABEL = ""
 
 
@@ -106,7 +115,7 @@ def invented_fact(dice: Dice, subject: str) -> Fact:
 ATTRIBUTES_BY_TYPE = {
     kind: [a for a in ATTRIBUTES if kind in a.subjects.split()] or ATTRIBUTES for kind in SUBJECTS_BY_TYPE
 }
-PROFILE_TYPES = "shop person machine parcel trip course game thing animal".split()
+PROFILE_TYPES = ["shop", "person", "machine", "parcel", "trip", "course", "game", "thing", "animal"]
 
 
 def make_facts(dice: Dice, count: int) -> tuple[list[Fact], bool]:

@@ -6,9 +6,9 @@ from exercise_facts import FULL_SENTENCE, answered, ask, capital, lay_out, make_
 from exercise_tables import MISSING_RULES, TEMPLATES
 from exercise_values import ANIMALS, FOODS, NOUNS, Dice
 
-ORDINALS = "first second third fourth fifth sixth".split()
-SLOT_NAMES = "name item date city code time price mail word place title number".split()
-TEMPLATE_KINDS = "person thing date town code clock price email word full_name invented_title".split()
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
+SLOT_NAMES = ["name", "item", "date", "city", "code", "time", "price", "mail", "word", "place", "title", "number"]
+TEMPLATE_KINDS = ["person", "thing", "date", "town", "code", "clock", "price", "email", "word", "full_name", "invented_title"]
 
 
 def written_list(dice: Dice, items: list[str]) -> str:

@@ -252,13 +252,7 @@ TOOL_VERBS = {
     "order": ("order", "buy"),
     "report": ("report", "announce"),
 }
-TOOL_NOUNS = """account address alarm answer article bill booking calendar call card case channel contract
-coupon course delivery device document door draft engine entry event file flight form game gift guest image
-invoice item job journey key lamp lesson letter level loan lock log machine map match meal meeting member
-menu message note order package page parcel part payment permit photo plan playlist policy price profile
-project quote receipt record refund reminder rental repair report reservation review ride robot room route
-sample schedule seat sensor session shipment signal song stock story subscription survey table task team
-ticket timer tour train transfer trip user vehicle video visit voucher""".split()
+TOOL_NOUNS = ["account", "address", "alarm", "answer", "article", "bill", "booking", "calendar", "call", "card", "case", "channel", "contract", "coupon", "course", "delivery", "device", "document", "door", "draft", "engine", "entry", "event", "file", "flight", "form", "game", "gift", "guest", "image", "invoice", "item", "job", "journey", "key", "lamp", "lesson", "letter", "level", "loan", "lock", "log", "machine", "map", "match", "meal", "meeting", "member", "menu", "message", "note", "order", "package", "page", "parcel", "part", "payment", "permit", "photo", "plan", "playlist", "policy", "price", "profile", "project", "quote", "receipt", "record", "refund", "reminder", "rental", "repair", "report", "reservation", "review", "ride", "robot", "room", "route", "sample", "schedule", "seat", "sensor", "session", "shipment", "signal", "song", "stock", "story", "subscription", "survey", "table", "task", "team", "ticket", "timer", "tour", "train", "transfer", "trip", "user", "vehicle", "video", "visit", "voucher"]
 REQUESTS = (
     "{V} the {n}.", "Please {v} the {n}.", "Can you {v} the {n}?", "I want you to {v} the {n}.",
     "Could you {v} the {n} for me?", "We need to {v} the {n}.", "{V} my {n}, please.", "Would you {v} a {n}?",
@@ -353,9 +347,5 @@ wolf: a wild animal like a dog
 )
 OPPOSITES = dict(
     pair.split("-")
-    for pair in """big-small hot-cold old-young early-late high-low long-short open-closed full-empty
-light-dark fast-slow strong-weak wet-dry hard-soft rich-poor loud-quiet first-last near-far left-right
-up-down day-night good-bad happy-sad clean-dirty thick-thin wide-narrow new-worn deep-shallow buy-sell
-give-take start-stop push-pull win-lose come-go ask-answer north-south east-west before-after
-inside-outside above-below always-never more-less true-false""".split()
+    for pair in ["big-small", "hot-cold", "old-young", "early-late", "high-low", "long-short", "open-closed", "full-empty", "light-dark", "fast-slow", "strong-weak", "wet-dry", "hard-soft", "rich-poor", "loud-quiet", "first-last", "near-far", "left-right", "up-down", "day-night", "good-bad", "happy-sad", "clean-dirty", "thick-thin", "wide-narrow", "new-worn", "deep-shallow", "buy-sell", "give-take", "start-stop", "push-pull", "win-lose", "come-go", "ask-answer", "north-south", "east-west", "before-after", "inside-outside", "above-below", "always-never", "more-less", "true-false"]
 )

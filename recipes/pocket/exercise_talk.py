@@ -141,7 +141,7 @@ def rewrite(dice: Dice) -> list[dict]:
     """One templated sentence said another way, with the way named."""
     giver, taker = dice.distinct(dice.first_name, 2)
     thing, place, day, time = dice.thing(), dice.site(), dice.weekday(), dice.clock()
-    verb = dice.pick("sold painted cleaned carried repaired moved opened closed packed opened lifted washed".split())
+    verb = dice.pick(["sold", "painted", "cleaned", "carried", "repaired", "moved", "opened", "closed", "packed", "opened", "lifted", "washed"])
     draw = dice.between(0, 5)
     if draw == 0:
         text, how, answer = (

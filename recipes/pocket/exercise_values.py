@@ -9,82 +9,25 @@ from __future__ import annotations
 
 import random
 
-FIRST_NAMES = """Ada Alma Amir Ana Anders Anton Aria Asha Astrid Ben Bianca Boris Bruno Cara Carlos Celia
-Chen Clara Colin Cora Dalia Dana Daniel David Dev Diego Dina Dora Edda Edgar Ela Elena Eli Elsa Emil Emma
-Enzo Erik Esme Ester Eva Ezra Fabio Farah Felix Fiona Flora Frank Freya Gabe Gemma George Gina Greta Gus
-Hana Hannah Harald Hassan Hazel Helen Henry Hugo Ian Ida Igor Ilse Imani Inga Iris Isla Ivan Ivy Jack Jamal
-Jana Jane Jasper Joan Joel John Jonas Jorge Judith Julia Kai Karim Karl Kate Kemal Kenji Kira Klaus Lara
-Lars Laura Lea Lena Leo Liam Lina Lola Lucia Luis Luka Lydia Maja Malik Mara Marco Maria Mark Marta Mary
-Mateo Maya Mei Mila Mina Mira Mona Nadia Naomi Nela Nico Nils Nina Noah Nora Olaf Olga Omar Oscar Otto
-Pablo Paul Pavel Petra Pia Priya Quinn Rafael Rania Raul Ravi Rita Robin Rosa Ruben Ruth Sam Sara Selma
-Sofia Sonja Stefan Suki Tamar Tara Theo Tim Tina Tomas Toby Uma Una Vera Viktor Wanda Wei Will Xenia Yara
-Yusuf Zara Zoe""".split()
-LAST_NAMES = """Abbott Adler Almeida Baker Banks Barros Becker Bell Berg Blake Bloom Brandt Brook Burns
-Carter Castle Chan Clark Cole Cook Costa Cross Dahl Dale Diaz Dixon Drake Dunn Ellis Falk Farmer Fisher
-Flint Ford Foster Frost Garcia Gill Grant Gray Green Hale Hall Hansen Hart Hayes Hill Holt Hunt Ito Jensen
-Jones Kaya Keller Khan Kim King Klein Kumar Lake Lang Larsen Lee Lima Lopez Lund Marsh Mason Meyer Mills
-Moon Moore Nagy Nash Novak Olsen Park Patel Perez Pike Poole Price Quist Reed Rossi Roth Rowe Sato Shaw
-Silva Singh Snow Stone Strand Swift Tanaka Tate Thorn Torres Vance Vega Vogel Wade Walsh Ward Webb Weiss
-West Wolf Wood Young Zhou""".split()
-NOUNS = """anchor apple arrow atlas bag ball banner barrel basket bath battery bead bell belt bench bicycle
-blanket boat book boot bottle bowl box bracelet brick bridge broom brush bucket button cabinet cable camera
-candle cap card carpet cart case chain chair chest clock cloth coat coin collar comb compass cord cork
-crate crown cup curtain cushion desk dish doll door dress drill drum envelope fan feather fence file flag
-flask flute folder fork frame gate glass globe glove guitar hammer handle harp hat heater helmet hinge hook
-horn hose jacket jar jug kettle key kite knife knot label ladder lamp lantern leaf ledger lens letter lid
-lock magnet map mask mat medal mirror mug nail napkin needle net notebook oar oven paddle painting pan
-panel paper parcel pen pencil piano picture pillow pin pipe plate plug pocket pot printer puzzle quilt rack
-radio rake ribbon ring rope rug ruler sack saddle sail saw scale scarf scissors screen screw shelf shell
-shield ship shirt shoe shovel sign sink skirt sled sock sofa spoon spring stamp statue stick stool stove
-string suitcase sword table tent ticket tile tool torch towel toy tray trumpet tunnel umbrella vase vest
-violin wagon wallet watch wheel whistle window wire wrench zipper""".split()
-ADJECTIVES = """amber ancient blue bold brass bright broken brown calm carved cheap clean cold copper
-cracked crooked dark deep dry dull dusty early empty fancy fine flat folded foreign fresh full gentle giant
-glass golden grand green grey hard heavy hidden high hollow huge iron ivory large late light little long
-loose lost loud low narrow neat new noisy odd old open orange pale paper patched pink plain polished proud
-purple quick quiet rare red rough round royal rusty sharp short shiny silent silver simple slim slow small
-smooth soft solid spare square steep stiff strange striped strong sweet tall thick thin tiny torn warm wet
-white wide wild wooden yellow young""".split()
-ANIMALS = """ant badger bat bear beaver bee bird camel cat cow crab crane crow deer dog dolphin donkey dove
-duck eagle eel falcon fox frog goat goose hare hawk hen heron horse jackal lamb lion lizard lynx mole
-monkey moose moth mouse mule newt otter owl ox panda parrot penguin pig pony rabbit rat raven robin salmon
-seal shark sheep snail snake sparrow spider squirrel stork swan tiger toad trout turtle whale wolf wren
-zebra""".split()
-FOODS = """almond apricot bacon banana bean beet bread broth butter cabbage cake carrot celery cheese
-cherry chicken corn cream cucumber date egg fig flour garlic ginger grape ham honey jam leek lemon lentil
-lettuce lime mango melon milk mint mushroom noodle nut oat olive onion orange parsley pasta pea peach pear
-pepper pie plum potato pumpkin radish rice salad salt sauce soup spinach sugar syrup tea toast tomato
-turnip walnut yogurt""".split()
-COLOURS = """black blue bronze brown cream crimson gold gray green grey ivory orange pink purple red silver
-teal violet white yellow""".split()
-MATERIALS = """brass bronze canvas clay copper cork cotton felt glass gold iron leather linen marble oak
-paper pine plastic rubber sand silk silver slate steel stone straw tin velvet wax wood wool""".split()
-SITES = """airport attic bakery bank barn beach cafe canal castle cave cellar chapel church cinema clinic
-corner court dock factory farm ferry field forest garage garden harbour hill hospital hotel island kitchen
-lake library lighthouse market meadow mill mine museum office orchard palace park pier port school shop
-square stable stadium station street studio temple theatre tower tunnel valley village workshop""".split()
-JOBS = """actor artist baker barber builder butcher captain carpenter clerk cook dancer dentist doctor
-driver farmer fisher gardener guard guide judge lawyer librarian mason mechanic merchant miller nurse
-painter pilot plumber poet porter printer sailor singer smith soldier student tailor teacher waiter weaver
-writer""".split()
-TRADES = """Bakery Bank Books Bikes Cafe Clinic Cinema Dental Diner Fabrics Florist Foods Garage Gallery
-Garden Gym Hardware Hotel Inn Laundry Library Market Museum Music Optics Pharmacy Pool Print Records School
-Shoes Stores Studio Tailors Theatre Tools Toys Travel Vets Workshop""".split()
-MACHINES = """blender camera charger cutter drill dryer engine fan freezer furnace heater lift loom mixer
-motor mower oven press printer pump radio robot router saw scanner sensor sewing-machine tractor turbine
-washer welder""".split()
-SUBJECTS = """art biology chemistry chess choir cooking dance drama drawing first-aid French geography
-geometry German history Latin maths music painting physics pottery reading sewing singing Spanish swimming
-writing yoga""".split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-TOWN_ENDINGS = """bay berg borough bridge brook burn bury by church cliff dale den field ford gate ham
-haven hill holm hurst land leigh ley mere mill moor mouth port pool ridge shaw side stead stow ton vale
-view ville wick wood worth""".split()
-MAIL_ENDINGS = "com org net info eu co.uk io de shop example".split()
-ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sc sh sk sl sn sp st
-str sw t th tr tw v w wh y z""".split()
-VOWELS = "a a a e e e i i i o o o u u ai ea ee ie oa oo ou".split()
+FIRST_NAMES = ["Ada", "Alma", "Amir", "Ana", "Anders", "Anton", "Aria", "Asha", "Astrid", "Ben", "Bianca", "Boris", "Bruno", "Cara", "Carlos", "Celia", "Chen", "Clara", "Colin", "Cora", "Dalia", "Dana", "Daniel", "David", "Dev", "Diego", "Dina", "Dora", "Edda", "Edgar", "Ela", "Elena", "Eli", "Elsa", "Emil", "Emma", "Enzo", "Erik", "Esme", "Ester", "Eva", "Ezra", "Fabio", "Farah", "Felix", "Fiona", "Flora", "Frank", "Freya", "Gabe", "Gemma", "George", "Gina", "Greta", "Gus", "Hana", "Hannah", "Harald", "Hassan", "Hazel", "Helen", "Henry", "Hugo", "Ian", "Ida", "Igor", "Ilse", "Imani", "Inga", "Iris", "Isla", "Ivan", "Ivy", "Jack", "Jamal", "Jana", "Jane", "Jasper", "Joan", "Joel", "John", "Jonas", "Jorge", "Judith", "Julia", "Kai", "Karim", "Karl", "Kate", "Kemal", "Kenji", "Kira", "Klaus", "Lara", "Lars", "Laura", "Lea", "Lena", "Leo", "Liam", "Lina", "Lola", "Lucia", "Luis", "Luka", "Lydia", "Maja", "Malik", "Mara", "Marco", "Maria", "Mark", "Marta", "Mary", "Mateo", "Maya", "Mei", "Mila", "Mina", "Mira", "Mona", "Nadia", "Naomi", "Nela", "Nico", "Nils", "Nina", "Noah", "Nora", "Olaf", "Olga", "Omar", "Oscar", "Otto", "Pablo", "Paul", "Pavel", "Petra", "Pia", "Priya", "Quinn", "Rafael", "Rania", "Raul", "Ravi", "Rita", "Robin", "Rosa", "Ruben", "Ruth", "Sam", "Sara", "Selma", "Sofia", "Sonja", "Stefan", "Suki", "Tamar", "Tara", "Theo", "Tim", "Tina", "Tomas", "Toby", "Uma", "Una", "Vera", "Viktor", "Wanda", "Wei", "Will", "Xenia", "Yara", "Yusuf", "Zara", "Zoe"]
+LAST_NAMES = ["Abbott", "Adler", "Almeida", "Baker", "Banks", "Barros", "Becker", "Bell", "Berg", "Blake", "Bloom", "Brandt", "Brook", "Burns", "Carter", "Castle", "Chan", "Clark", "Cole", "Cook", "Costa", "Cross", "Dahl", "Dale", "Diaz", "Dixon", "Drake", "Dunn", "Ellis", "Falk", "Farmer", "Fisher", "Flint", "Ford", "Foster", "Frost", "Garcia", "Gill", "Grant", "Gray", "Green", "Hale", "Hall", "Hansen", "Hart", "Hayes", "Hill", "Holt", "Hunt", "Ito", "Jensen", "Jones", "Kaya", "Keller", "Khan", "Kim", "King", "Klein", "Kumar", "Lake", "Lang", "Larsen", "Lee", "Lima", "Lopez", "Lund", "Marsh", "Mason", "Meyer", "Mills", "Moon", "Moore", "Nagy", "Nash", "Novak", "Olsen", "Park", "Patel", "Perez", "Pike", "Poole", "Price", "Quist", "Reed", "Rossi", "Roth", "Rowe", "Sato", "Shaw", "Silva", "Singh", "Snow", "Stone", "Strand", "Swift", "Tanaka", "Tate", "Thorn", "Torres", "Vance", "Vega", "Vogel", "Wade", "Walsh", "Ward", "Webb", "Weiss", "West", "Wolf", "Wood", "Young", "Zhou"]
+NOUNS = ["anchor", "apple", "arrow", "atlas", "bag", "ball", "banner", "barrel", "basket", "bath", "battery", "bead", "bell", "belt", "bench", "bicycle", "blanket", "boat", "book", "boot", "bottle", "bowl", "box", "bracelet", "brick", "bridge", "broom", "brush", "bucket", "button", "cabinet", "cable", "camera", "candle", "cap", "card", "carpet", "cart", "case", "chain", "chair", "chest", "clock", "cloth", "coat", "coin", "collar", "comb", "compass", "cord", "cork", "crate", "crown", "cup", "curtain", "cushion", "desk", "dish", "doll", "door", "dress", "drill", "drum", "envelope", "fan", "feather", "fence", "file", "flag", "flask", "flute", "folder", "fork", "frame", "gate", "glass", "globe", "glove", "guitar", "hammer", "handle", "harp", "hat", "heater", "helmet", "hinge", "hook", "horn", "hose", "jacket", "jar", "jug", "kettle", "key", "kite", "knife", "knot", "label", "ladder", "lamp", "lantern", "leaf", "ledger", "lens", "letter", "lid", "lock", "magnet", "map", "mask", "mat", "medal", "mirror", "mug", "nail", "napkin", "needle", "net", "notebook", "oar", "oven", "paddle", "painting", "pan", "panel", "paper", "parcel", "pen", "pencil", "piano", "picture", "pillow", "pin", "pipe", "plate", "plug", "pocket", "pot", "printer", "puzzle", "quilt", "rack", "radio", "rake", "ribbon", "ring", "rope", "rug", "ruler", "sack", "saddle", "sail", "saw", "scale", "scarf", "scissors", "screen", "screw", "shelf", "shell", "shield", "ship", "shirt", "shoe", "shovel", "sign", "sink", "skirt", "sled", "sock", "sofa", "spoon", "spring", "stamp", "statue", "stick", "stool", "stove", "string", "suitcase", "sword", "table", "tent", "ticket", "tile", "tool", "torch", "towel", "toy", "tray", "trumpet", "tunnel", "umbrella", "vase", "vest", "violin", "wagon", "wallet", "watch", "wheel", "whistle", "window", "wire", "wrench", "zipper"]
+ADJECTIVES = ["amber", "ancient", "blue", "bold", "brass", "bright", "broken", "brown", "calm", "carved", "cheap", "clean", "cold", "copper", "cracked", "crooked", "dark", "deep", "dry", "dull", "dusty", "early", "empty", "fancy", "fine", "flat", "folded", "foreign", "fresh", "full", "gentle", "giant", "glass", "golden", "grand", "green", "grey", "hard", "heavy", "hidden", "high", "hollow", "huge", "iron", "ivory", "large", "late", "light", "little", "long", "loose", "lost", "loud", "low", "narrow", "neat", "new", "noisy", "odd", "old", "open", "orange", "pale", "paper", "patched", "pink", "plain", "polished", "proud", "purple", "quick", "quiet", "rare", "red", "rough", "round", "royal", "rusty", "sharp", "short", "shiny", "silent", "silver", "simple", "slim", "slow", "small", "smooth", "soft", "solid", "spare", "square", "steep", "stiff", "strange", "striped", "strong", "sweet", "tall", "thick", "thin", "tiny", "torn", "warm", "wet", "white", "wide", "wild", "wooden", "yellow", "young"]
+ANIMALS = ["ant", "badger", "bat", "bear", "beaver", "bee", "bird", "camel", "cat", "cow", "crab", "crane", "crow", "deer", "dog", "dolphin", "donkey", "dove", "duck", "eagle", "eel", "falcon", "fox", "frog", "goat", "goose", "hare", "hawk", "hen", "heron", "horse", "jackal", "lamb", "lion", "lizard", "lynx", "mole", "monkey", "moose", "moth", "mouse", "mule", "newt", "otter", "owl", "ox", "panda", "parrot", "penguin", "pig", "pony", "rabbit", "rat", "raven", "robin", "salmon", "seal", "shark", "sheep", "snail", "snake", "sparrow", "spider", "squirrel", "stork", "swan", "tiger", "toad", "trout", "turtle", "whale", "wolf", "wren", "zebra"]
+FOODS = ["almond", "apricot", "bacon", "banana", "bean", "beet", "bread", "broth", "butter", "cabbage", "cake", "carrot", "celery", "cheese", "cherry", "chicken", "corn", "cream", "cucumber", "date", "egg", "fig", "flour", "garlic", "ginger", "grape", "ham", "honey", "jam", "leek", "lemon", "lentil", "lettuce", "lime", "mango", "melon", "milk", "mint", "mushroom", "noodle", "nut", "oat", "olive", "onion", "orange", "parsley", "pasta", "pea", "peach", "pear", "pepper", "pie", "plum", "potato", "pumpkin", "radish", "rice", "salad", "salt", "sauce", "soup", "spinach", "sugar", "syrup", "tea", "toast", "tomato", "turnip", "walnut", "yogurt"]
+COLOURS = ["black", "blue", "bronze", "brown", "cream", "crimson", "gold", "gray", "green", "grey", "ivory", "orange", "pink", "purple", "red", "silver", "teal", "violet", "white", "yellow"]
+MATERIALS = ["brass", "bronze", "canvas", "clay", "copper", "cork", "cotton", "felt", "glass", "gold", "iron", "leather", "linen", "marble", "oak", "paper", "pine", "plastic", "rubber", "sand", "silk", "silver", "slate", "steel", "stone", "straw", "tin", "velvet", "wax", "wood", "wool"]
+SITES = ["airport", "attic", "bakery", "bank", "barn", "beach", "cafe", "canal", "castle", "cave", "cellar", "chapel", "church", "cinema", "clinic", "corner", "court", "dock", "factory", "farm", "ferry", "field", "forest", "garage", "garden", "harbour", "hill", "hospital", "hotel", "island", "kitchen", "lake", "library", "lighthouse", "market", "meadow", "mill", "mine", "museum", "office", "orchard", "palace", "park", "pier", "port", "school", "shop", "square", "stable", "stadium", "station", "street", "studio", "temple", "theatre", "tower", "tunnel", "valley", "village", "workshop"]
+JOBS = ["actor", "artist", "baker", "barber", "builder", "butcher", "captain", "carpenter", "clerk", "cook", "dancer", "dentist", "doctor", "driver", "farmer", "fisher", "gardener", "guard", "guide", "judge", "lawyer", "librarian", "mason", "mechanic", "merchant", "miller", "nurse", "painter", "pilot", "plumber", "poet", "porter", "printer", "sailor", "singer", "smith", "soldier", "student", "tailor", "teacher", "waiter", "weaver", "writer"]
+TRADES = ["Bakery", "Bank", "Books", "Bikes", "Cafe", "Clinic", "Cinema", "Dental", "Diner", "Fabrics", "Florist", "Foods", "Garage", "Gallery", "Garden", "Gym", "Hardware", "Hotel", "Inn", "Laundry", "Library", "Market", "Museum", "Music", "Optics", "Pharmacy", "Pool", "Print", "Records", "School", "Shoes", "Stores", "Studio", "Tailors", "Theatre", "Tools", "Toys", "Travel", "Vets", "Workshop"]
+MACHINES = ["blender", "camera", "charger", "cutter", "drill", "dryer", "engine", "fan", "freezer", "furnace", "heater", "lift", "loom", "mixer", "motor", "mower", "oven", "press", "printer", "pump", "radio", "robot", "router", "saw", "scanner", "sensor", "sewing-machine", "tractor", "turbine", "washer", "welder"]
+SUBJECTS = ["art", "biology", "chemistry", "chess", "choir", "cooking", "dance", "drama", "drawing", "first-aid", "French", "geography", "geometry", "German", "history", "Latin", "maths", "music", "painting", "physics", "pottery", "reading", "sewing", "singing", "Spanish", "swimming", "writing", "yoga"]
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+TOWN_ENDINGS = ["bay", "berg", "borough", "bridge", "brook", "burn", "bury", "by", "church", "cliff", "dale", "den", "field", "ford", "gate", "ham", "haven", "hill", "holm", "hurst", "land", "leigh", "ley", "mere", "mill", "moor", "mouth", "port", "pool", "ridge", "shaw", "side", "stead", "stow", "ton", "vale", "view", "ville", "wick", "wood", "worth"]
+MAIL_ENDINGS = ["com", "org", "net", "info", "eu", "co.uk", "io", "de", "shop", "example"]
+ONSETS = ["b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n", "p", "pl", "pr", "qu", "r", "s", "sc", "sh", "sk", "sl", "sn", "sp", "st", "str", "sw", "t", "th", "tr", "tw", "v", "w", "wh", "y", "z"]
+VOWELS = ["a", "a", "a", "e", "e", "e", "i", "i", "i", "o", "o", "o", "u", "u", "ai", "ea", "ee", "ie", "oa", "oo", "ou"]
 CODAS = [
     "", "", "", "", "", "l", "m", "n", "n", "r", "r", "s", "t", "x", "ck", "d", "ft", "g", "k", "ld", "ll", "nd", "nt",
     "p", "rk", "rn", "sk", "st", "th",
@@ -92,11 +35,8 @@ CODAS = [
 UPPER, LOWER, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789"
 ALNUM, HEXADECIMAL = UPPER + DIGITS, DIGITS + "abcdef"
 # In a pattern A is an upper-case letter, a a lower-case one, 9 a digit, * either of them, h a hexadecimal digit.
-PLAIN_PATTERNS = """AA-9999 AA-9999 AA-9999 AA-999 AAA-999 AAA-9999 A-999 A9999 A-99999 AA9999 AA999999
-99-AA-99 9999-AA 99999 999999 9999999 AA/999 A9-A9-A9 **** ***** ****** ***-*** ****-**** AA-99-AA AAA99
-9A9A9A aa-999 aaa-9999 aa99 a9999 hhhhhh hhhhhhhh AA-999-A AAA-999-99 AA.999 AA_9999 9-99-999 A99-999
-AAAA-99 AAAA-9999""".split()
-PREFIXES = "INV ORD REF TKT SN ID PN BK LOT CASE DOC RMA PO ACC UNIT KEY TAG PASS ROOM GATE".split()
+PLAIN_PATTERNS = ["AA-9999", "AA-9999", "AA-9999", "AA-999", "AAA-999", "AAA-9999", "A-999", "A9999", "A-99999", "AA9999", "AA999999", "99-AA-99", "9999-AA", "99999", "999999", "9999999", "AA/999", "A9-A9-A9", "****", "*****", "******", "***-***", "****-****", "AA-99-AA", "AAA99", "9A9A9A", "aa-999", "aaa-9999", "aa99", "a9999", "hhhhhh", "hhhhhhhh", "AA-999-A", "AAA-999-99", "AA.999", "AA_9999", "9-99-999", "A99-999", "AAAA-99", "AAAA-9999"]
+PREFIXES = ["INV", "ORD", "REF", "TKT", "SN", "ID", "PN", "BK", "LOT", "CASE", "DOC", "RMA", "PO", "ACC", "UNIT", "KEY", "TAG", "PASS", "ROOM", "GATE"]
 
 
 class Dice:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 # The values are of the kinds that the base model has learnt to copy, so they come from the same functions.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "pocket"))
-from exercise_values import Dice  # noqa: E402
+from exercise_values import Dice
 
 GREETING = "Thrumlow desk."
 SIGN_OFF = "Clear skies!"
@@ -296,7 +296,7 @@ TOOLS = (
 OPENINGS = ("", "", "", "Hi, ", "Hello, ", "Good morning, ", "Quick question: ", "Excuse me, ", "Sorry, ", "Hey, ")
 CLOSINGS = ("", "", "", "", " Thanks.", " Thank you!", " Please.")
 REQUEST_OPENINGS = ("", "", "", "Hi. ", "Hello! ", "Good day. ", "Dear team. ", "Hey! ", "Good evening. ")
-REASONS = "broken bent late cracked scratched noisy rusty wet dirty loose torn heavy small large damaged dented".split()
+REASONS = ["broken", "bent", "late", "cracked", "scratched", "noisy", "rusty", "wet", "dirty", "loose", "torn", "heavy", "small", "large", "damaged", "dented"]
 
 
 def make_value(dice: Dice, kind: str) -> str:

@@ -25,6 +25,7 @@ from onlay.training.batches import Examples
 from onlay.training.devices import find_devices
 from onlay.training.loop import Progress, Task, run_loop
 from onlay.training.metrics_log import read_metrics
+from onlay.training.optimizer import learning_rate_at
 from onlay.training.session import Parts, train_adapter
 from tests.builders import ListExamples, recipe_for, save_tiny_base, tiny_pad_token_id, tiny_tokenizer
 
@@ -37,7 +38,9 @@ def learnable(n: int, *, seed: int = 0, least: int = 8, most: int = 24) -> ListE
     """Counting: each token is the one before it plus one, within a few tokens; easy, but not known beforehand."""
     draw = np.random.default_rng(seed)
     starts, lengths = draw.integers(0, WORDS, n), draw.integers(least, most + 1, n)
-    return ListExamples([[65 + (int(s) + i) % WORDS for i in range(int(k))] for s, k in zip(starts, lengths, strict=True)])
+    return ListExamples(
+        [[65 + (int(s) + i) % WORDS for i in range(int(k))] for s, k in zip(starts, lengths, strict=True)]
+    )
 
 
 @dataclass
@@ -74,7 +77,12 @@ class Workshop:
             max_tokens=64, stop_token_ids=[], splits={"train": split}, findings=[],
         )  # fmt: skip
         base: Base = load_base(
-            facts, recipe.model, NO_GPU, device="cpu", seed=recipe.training.seed, trains_weights=recipe.adapter.method == "full"
+            facts,
+            recipe.model,
+            NO_GPU,
+            device="cpu",
+            seed=recipe.training.seed,
+            trains_weights=recipe.adapter.method == "full",
         )
         return Parts(
             recipe=recipe, facts=facts, dataset=dataset, base=base, train_examples=self.examples,
@@ -83,7 +91,9 @@ class Workshop:
             base_weight_digest=lambda: None, save_tokenizer=lambda path: tiny_tokenizer().save_pretrained(str(path)),
         )  # fmt: skip
 
-    def train(self, name: str, recipe: Recipe | None = None, *, change: Change | None = None, resume: bool = False) -> Run:
+    def train(
+        self, name: str, recipe: Recipe | None = None, *, change: Change | None = None, resume: bool = False
+    ) -> Run:
         """One run; `change` is applied to the Task that the session has made."""
         with changed_task(change):
             return train_adapter(self.parts(name, recipe or self.recipe()), resume=resume)
@@ -129,6 +139,19 @@ def changed_task(change: Change | None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="session")
+def trained_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A base that has learned half of the task: its loss is well below that of guessing (2.5)."""
+    workshop = Workshop(tmp_path_factory.mktemp("trained"), tiny_base)
+    training = {"max_steps": 45, "learning_rate": 3e-3, "batch_size": 8}
+    run = workshop.train(
+        "full", workshop.recipe(model={"weights": "random"}, adapter={"method": "full"}, training=training)
+    )
+    assert run.evaluation_loss is not None
+    assert 0.1 < run.evaluation_loss < 1.0
+    return workshop.folder / "full" / "model"
 
 
 @pytest.fixture
@@ -196,3 +219,13 @@ def with_loss(task: Task, around: Callable[[Tensor], Tensor]) -> Task:
     """`around` gets each micro-batch's loss in training (not in evaluations) and returns what is used instead."""
     loss = task.loss
     return replace(task, loss=lambda model, batch: around(loss(model, batch)))
+
+
+def uncalled(value: Any, fault: Callable[[], bool]) -> Any:
+    """The value, after the fault had its chance to raise."""
+    fault()
+    return value
+
+
+def planted(steps: tuple[int, ...], factor: float) -> Callable[..., float]:
+    return lambda step, **keywords: learning_rate_at(step, **keywords) * (factor if step in steps else 1.0)
