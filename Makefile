@@ -20,7 +20,7 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check onlay tests recipes bench docs
-	$(BIN)/ruff format --check onlay tests recipes bench docs
+	$(BIN)/ruff format --check onlay tests bench docs
 
 types: $(VENV)/installed
 	$(BIN)/mypy

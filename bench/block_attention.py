@@ -51,7 +51,13 @@ def main() -> None:
             out = causal_attention(query.view(n, r, t, d), key.view(n, t, d), value.view(n, t, d), d**-0.5)
             out.view_as(query).backward(grad)
 
-        table.append({"shape": [rows, groups, shared, tokens, width], "flash_ms": cpu_milliseconds(flash), "blocks_ms": cpu_milliseconds(blocks)})
+        table.append(
+            {
+                "shape": [rows, groups, shared, tokens, width],
+                "flash_ms": cpu_milliseconds(flash),
+                "blocks_ms": cpu_milliseconds(blocks),
+            }
+        )
         print(table[-1], flush=True)
     if arguments.out:
         result = {"command": "bench/block_attention.py", "torch": torch.__version__, "threads": 1, "table": table}

@@ -1,6 +1,6 @@
 """Preparing many rows: seconds and peak memory, in a process of its own, first and again from the cache.
 
-    python bench/prepare_rows.py [--rows 100000] [--out bench/results/prepare_rows.json]
+python bench/prepare_rows.py [--rows 100000] [--out bench/results/prepare_rows.json]
 """
 
 from __future__ import annotations
@@ -39,7 +39,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    words = ["copper", "lantern", "river", "orchard", "window", "letter", "number", "seven", "twelve", "north", "harbour", "ticket", "garden", "stone", "paper"]
+    words = [
+        "copper",
+        "lantern",
+        "river",
+        "orchard",
+        "window",
+        "letter",
+        "number",
+        "seven",
+        "twelve",
+        "north",
+        "harbour",
+        "ticket",
+        "garden",
+        "stone",
+        "paper",
+    ]
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"

@@ -18,13 +18,15 @@ from onlay.recipe import digest_of
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: ClassVar[str]
+    elsewhere: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say where something lies, not what it is: not part of the digest."""
     sources: dict[str, str] = {}
     """Kind of each record (or file) this one was made from, and its digest."""
 
     @property
     def digest(self) -> str:
         # Without defaults: a field that a later version adds leaves the digests of earlier records as they are.
-        return digest_of(self.model_dump(mode="json", exclude_defaults=True))
+        return digest_of(self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.elsewhere)))
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -72,6 +74,7 @@ class ModelFacts(Record):
     """A base model, read from config.json and safetensors headers alone; no weights are loaded."""
 
     kind: ClassVar[str] = "model"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"path"})
     name: str
     """As the user wrote it."""
     path: str
@@ -122,6 +125,7 @@ class Dataset(Record):
     """Prepared token sequences on disk, and what was found on the way."""
 
     kind: ClassVar[str] = "dataset"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"path"})
     path: str
     """Folder with <split>.tokens.npy and the like; see onlay/data/build.py."""
     source: str

@@ -180,7 +180,9 @@ def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
 
 
 def _check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A run killed while it began has these files and no run.json yet: there is nothing in it to keep.
+    began = {"recipe.yaml", "model.json", "dataset.json"}
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - began):
         unfinished = (folder / "run.json").is_file() and Run.load(folder).status != "finished"
         remedy = (
             f"Go on with it: onlay train --resume {folder}"

@@ -190,14 +190,14 @@ def test_example_rows_are_of_their_format() -> None:
 
 def test_first_budgets_are_those_of_the_code() -> None:
     code = (PROJECT / "onlay/training/session.py").read_text(encoding="utf-8")
-    assert "CPU_BUDGET_TOKENS = 2048" in code
+    assert "CPU_BUDGET_TOKENS = 512" in code
     assert "16384 if gigabytes > 60 else 8192 if gigabytes > 20 else 4096" in code
 
 
 def test_the_probe_is_as_strict_as_the_page_says() -> None:
     code = (PROJECT / "onlay/model/attention.py").read_text(encoding="utf-8")
-    assert "math.sqrt(epsilon)" in code
-    assert "2 * epsilon" in code
+    assert "math.sqrt(torch.finfo(dtype).eps)" in code
+    assert "2 * _difference(padded[1], padded[0])" in code
 
 
 def test_the_documents_stay_short_and_speak_of_the_project_alone() -> None:

@@ -117,7 +117,9 @@ def block_attention(
     refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     plain = attention_mask is None and not dropout and sliding_window is None and getattr(module, "is_causal", True)
     if refused or not plain or query.shape[2] != key.shape[2] or query.dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError("block attention has no masks, windows, dropout, soft-capping, sinks or 16-bit numbers")
+        raise NotImplementedError(
+            "block attention has no masks, windows, dropout, soft-capping, sinks or 16-bit numbers"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -129,7 +131,9 @@ def block_attention(
             scale,
         ).view(rows, heads, tokens, value.shape[-1])
     else:
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups)
+        out = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups
+        )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -241,7 +245,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _laid_out(model: PreTrainedModel, rows: list[Tensor], *, packed: bool, mask: bool, dtype: torch.dtype) -> list[Tensor]:
+def _laid_out(
+    model: PreTrainedModel, rows: list[Tensor], *, packed: bool, mask: bool, dtype: torch.dtype
+) -> list[Tensor]:
     lengths = [len(row) for row in rows]
     if packed:
         borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=rows[0].device)

@@ -41,7 +41,8 @@ from onlay.training.watch import Snapshots, Watch
 if TYPE_CHECKING:
     from onlay.data.pack import MicroBatch
 
-CPU_BUDGET_TOKENS = 2048
+CPU_BUDGET_TOKENS = 512
+"""Small pieces of like length: on a CPU padding costs more than the pieces do."""
 SNAPSHOT_BYTES_A_STEP = 32 * 2**20
 """Snapshots are spaced so that copying costs at most about this much host traffic a step."""
 MOST_SNAPSHOT_STEPS = 100

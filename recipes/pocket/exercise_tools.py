@@ -139,7 +139,7 @@ def tool_result(dice: Dice) -> list[dict]:
     """Request, call, result, answer: the answer is a value of the result, or the form that the system turn asks for."""
     tool = make_tools(dice, 1)[0]
     result = {key: (label, json_value(label, value)) for label, key, value, _ in make_record(dice, dice.between(1, 4))}
-    key, (label, value) = dice.pick(tuple(result.items()))
+    key, (_, value) = dice.pick(tuple(result.items()))
     question = dice.pick(
         (
             "What is the {k}?", "Tell me the {k}.", "I want to know the {k}.", "Which {k} is it?",

@@ -50,7 +50,9 @@ def test_float32_errs_at_most_twice_as_much_as_eager(shape: tuple[int, int, int,
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_attention, "BLOCK_QUERIES", 4)
     monkeypatch.setattr(block_attention, "PIECE_NUMBERS", 64)
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, 0.5), inputs((3, 2, 11, 4), torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: causal_attention(q, k, v, 0.5), inputs((3, 2, 11, 4), torch.float64)
+    )
 
 
 def test_no_token_sees_what_follows() -> None:

@@ -256,8 +256,7 @@ def poisoned(token: int, value: float, *, of_gradient: bool = False) -> Change:
     return change
 
 
-@pytest.mark.parametrize("of_gradient", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("value", "of_gradient"), [(float("nan"), False), (float("inf"), True)])
 def test_an_example_that_is_not_finite_is_left_out_for_good(
     workshop: Workshop, value: float, of_gradient: bool
 ) -> None:
@@ -273,7 +272,7 @@ def test_an_example_that_is_not_finite_is_left_out_for_good(
     assert str(float(value)) in recovery.detail or "nan" in recovery.detail
     assert f"without the examples of step {recovery.step}, learning rate x 0.5" in recovery.action
     assert recovery.step not in workshop.losses("run")
-    assert sum(len(workshop.losses("run")) == n for n in (49,)) == 1
+    assert len(workshop.losses("run")) == 49
     assert len(workshop.progress("run")["left_out"]) == 4
     assert run.evaluation_loss is not None
     assert whole.evaluation_loss is not None

@@ -100,7 +100,7 @@ def test_broken_off_in_the_middle_of_any_step(workshop: Workshop, place: str) ->
         workshop.assert_same(name, "whole")
 
 
-@pytest.mark.parametrize("n", range(1, 7))
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
 @pytest.mark.parametrize("call", ["save_file", "fsync", "rename"])
 def test_broken_off_while_a_checkpoint_is_written(
     workshop: Workshop, call: str, n: int, monkeypatch: pytest.MonkeyPatch
@@ -190,9 +190,8 @@ def test_the_optimizer_is_where_it_was(workshop: Workshop) -> None:
 # ------------------------------------------------------------------------------------------------ after something went wrong
 
 
-@pytest.mark.parametrize("asked", [9, 10, 11, 14, 15, 16, 17, 20])
 def test_a_spike_is_gone_back_from_alike_after_an_interruption(
-    workshop: Workshop, trained_base: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+    workshop: Workshop, trained_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rate is wrong at step 14, seen at 16; what is gone back to, step 10, may lie before the interruption."""
     monkeypatch.setattr(session, "learning_rate_at", planted((14,), 100.0))
@@ -202,10 +201,12 @@ def test_a_spike_is_gone_back_from_alike_after_an_interruption(
     whole = workshop.train("whole", recipe)
     [recovery] = whole.recoveries
     assert recovery.action.startswith("continues from step 10 without the examples of steps 14, 15, 16")
-    assert workshop.train("run", recipe, change=stopped_after(asked)).status == "interrupted"
-    run = workshop.train("run", recipe, resume=True)
-    workshop.assert_same("run", "whole")
-    assert run.recoveries == whole.recoveries
+    for asked in (9, 10, 11, 14, 15, 16, 17, 20):
+        name = f"stopped{asked}"
+        assert workshop.train(name, recipe, change=stopped_after(asked)).status == "interrupted"
+        run = workshop.train(name, recipe, resume=True)
+        workshop.assert_same(name, "whole")
+        assert run.recoveries == whole.recoveries
 
 
 def test_killed_after_a_recovery(workshop: Workshop) -> None:
