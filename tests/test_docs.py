@@ -190,7 +190,7 @@ def test_example_rows_are_of_their_format() -> None:
 
 def test_first_budgets_are_those_of_the_code() -> None:
     code = (PROJECT / "onlay/training/session.py").read_text(encoding="utf-8")
-    assert "CPU_BUDGET_TOKENS = 512" in code
+    assert "CPU_BUDGET_TOKENS = 2048" in code
     assert "16384 if gigabytes > 60 else 8192 if gigabytes > 20 else 4096" in code
 
 

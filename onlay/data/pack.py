@@ -46,11 +46,14 @@ class MicroBatch:
     """Real tokens, padding left out."""
 
 
-def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int, packed: bool) -> list[list[int]]:
+def plan_micro_batches(
+    lengths: Sequence[int], *, budget_tokens: int, packed: bool, piece_tokens: int | None = None
+) -> list[list[int]]:
     """Indices of `lengths` in as few groups as `budget_tokens` allows; each group ascending, the longest group first.
 
     Packed, a group's lengths sum to at most the budget (first fit, longest first); padded, rows times the longest is at
-    most the budget.  An example longer than the budget goes alone.
+    most the budget.  An example longer than the budget goes alone.  `piece_tokens` is what one more group costs, counted
+    in tokens: where it is given, padded rows are cut into more groups if that saves more padding than it costs.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget_tokens = {budget_tokens} must be at least 1")
@@ -66,6 +69,8 @@ def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int, packed: bo
             else:
                 groups[at].append(i)
                 room[at] -= lengths[i]
+    elif piece_tokens is not None:
+        groups = _cheapest(order, lengths, budget_tokens, piece_tokens)
     else:
         at = 0
         while at < len(order):
@@ -73,6 +78,27 @@ def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int, packed: bo
             groups.append(order[at : at + rows])
             at += rows
     return [sorted(group) for group in groups]
+
+
+def _cheapest(order: list[int], lengths: Sequence[int], budget_tokens: int, piece_tokens: int) -> list[list[int]]:
+    """Cuts `order` (longest first) where rows x longest + piece_tokens, summed over the groups, is least."""
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        best, begin = costs[end - 1] + lengths[order[end - 1]] + piece_tokens, end - 1
+        for start in range(end - 2, -1, -1):
+            padded = (end - start) * lengths[order[start]]
+            if padded > budget_tokens:
+                break
+            if costs[start] + padded + piece_tokens < best:
+                best, begin = costs[start] + padded + piece_tokens, start
+        costs.append(best)
+        starts.append(begin)
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        groups.append(order[starts[end] : end])
+        end = starts[end]
+    return groups[::-1]
 
 
 def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], *, packed: bool, pad_token_id: int) -> MicroBatch:

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK_QUERIES = 64
-PIECE_NUMBERS = 2**18
-"""Probabilities of one piece: 1 MiB in float32, so that the passes over them find them in cache."""
+PIECE_NUMBERS = 2**20
+"""Probabilities of one piece: 4 MiB in float32, which a few cores find in their caches."""
 MOST_PROBABILITY_BYTES = 64 * 2**20
 WIDEST_HEAD = 8
 

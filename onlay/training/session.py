@@ -41,13 +41,14 @@ from onlay.training.watch import Snapshots, Watch
 if TYPE_CHECKING:
     from onlay.data.pack import MicroBatch
 
-CPU_BUDGET_TOKENS = 512
-"""Small pieces of like length: on a CPU padding costs more than the pieces do."""
+CPU_BUDGET_TOKENS = 2048
+CPU_PIECE_TOKENS = 128
+"""One more micro-batch costs a CPU about as much as this many tokens, so little padding pays; a GPU wants few pieces."""
 SNAPSHOT_BYTES_A_STEP = 32 * 2**20
 """Snapshots are spaced so that copying costs at most about this much host traffic a step."""
 MOST_SNAPSHOT_STEPS = 100
 CHECKPOINTS_A_RUN = 10
-EVALUATION_SHARE = 0.1
+EVALUATION_SHARE = 0.05
 Event = StepReport | Recovery | str
 
 
@@ -194,8 +195,10 @@ def _make_task(
 ) -> Task:
     training, evaluation, devices = parts.recipe.training, parts.recipe.evaluation, parts.devices
 
+    piece_tokens = CPU_PIECE_TOKENS if devices.device.type == "cpu" else None
+
     def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-        return parts.plan(lengths, budget_tokens=budget, packed=layout.packed)
+        return parts.plan(lengths, budget_tokens=budget, packed=layout.packed, piece_tokens=piece_tokens)
 
     collate = partial(parts.collate, packed=layout.packed, pad_token_id=parts.pad_token_id)
     make_batches = partial(

@@ -168,3 +168,28 @@ def test_planning_loads_no_torch() -> None:
         check=True,
     )
     assert done.stdout.strip() == "False"
+
+
+def test_more_pieces_where_they_save_more_padding_than_they_cost() -> None:
+    """Against every way to cut the sorted lengths."""
+
+    def padded(groups: list[list[int]], lengths: list[int], piece: int) -> int:
+        return sum(len(group) * max(lengths[i] for i in group) + piece for group in groups)
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = [int(n) for n in rng.integers(1, 60, size=8)]
+        order = sorted(range(8), key=lambda i: (-lengths[i], i))
+        for budget, piece in ((100, 0), (100, 20), (500, 20), (500, 1000), (30, 5)):
+            groups = plan_micro_batches(lengths, budget_tokens=budget, packed=False, piece_tokens=piece)
+            assert sorted(i for group in groups for i in group) == list(range(8))
+            every = []
+            for cuts in range(2**7):
+                parts = [[order[0]]]
+                for position in range(1, 8):
+                    if cuts >> (position - 1) & 1:
+                        parts.append([])
+                    parts[-1].append(order[position])
+                if all(len(part) == 1 or len(part) * lengths[part[0]] <= budget for part in parts):
+                    every.append(padded(parts, lengths, piece))
+            assert padded(groups, lengths, piece) == min(every)
