@@ -95,7 +95,9 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     metrics = _open_metrics(parts, keep_bytes=progress.metrics_bytes)
     fast_paths = {"layout": layout.reason, "attention": layout.attention, "cross_entropy": "at trained tokens only"}
     if left_out:
-        fast_paths["left_out"] = f"PEFT cannot adapt these beside fused experts: {', '.join(left_out)}"
+        fast_paths["left_out"] = (
+            f"all-linear leaves these out, since an adapter on them would not be used: {', '.join(left_out)}"
+        )
     task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement)
     task.snapshots.load(checkpoints.load_snapshots(progress.step))
     run = Run(
