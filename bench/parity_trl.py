@@ -2,7 +2,7 @@
 
     python bench/parity_trl.py --data train.jsonl --base FOLDER [--steps 50] [--out bench/results/parity_trl.json]
 
-Needs trl (pip install 'trl>=1.15,<2'), which onlay itself does not.  Exits with 1 when a step's losses differ by more than
+Needs trl (pip install --no-deps trl==1.4.0; later ones need Triton for the loss), which onlay itself does not.  Exits with 1 when a step's losses differ by more than
 the limit, relatively.
 """
 

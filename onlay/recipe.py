@@ -124,7 +124,7 @@ class EvaluationSection(Section):
     )
     file: str | None = Field(None, description="Held-out rows in a file of their own; `split` is then not used.")
     every_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations. Default: up to ten a run, for a tenth of its time."
+        None, ge=1, description="Steps between evaluations. Default: up to ten a run, for a twentieth of its time."
     )
     max_rows: int = Field(256, ge=1, description="Held-out rows used by the evaluations during training.")
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better loss.")

@@ -155,7 +155,6 @@ class Checkpoint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     step: int
     path: str
-    evaluation_loss: float | None = None
 
 
 class Run(Record):

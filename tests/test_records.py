@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from onlay.errors import OutputError
-from onlay.records import (
+from onlay.records import , Dataset, ModelFacts, Record
     RECORDS,
     Checkpoint,
     Dataset,
@@ -79,7 +80,7 @@ def test_every_kind_is_known() -> None:
         run(sources={"model": "aa", "dataset": "bc"}),
         run(recoveries=[]),
         run(proofs={"finite": False}),
-        run(checkpoints=[Checkpoint(step=2, path="runs/a/checkpoints/step-0000002", evaluation_loss=1.0)]),
+        run(checkpoints=[Checkpoint(step=3, path="runs/a/checkpoints/step-0000002")]),
         run(first_loss=0.1),
     ],
 )
@@ -154,3 +155,17 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_a_record_lies_is_not_what_it_is() -> None:
+    """A cache that moved holds the same rows: a run begun with them can be resumed."""
+
+    class Placed(Record):
+        kind: ClassVar[str] = "placed"
+        elsewhere: ClassVar[frozenset[str]] = frozenset({"path"})
+        path: str
+        rows: int
+
+    assert Placed(path="a", rows=1).digest == Placed(path="b", rows=1).digest
+    assert Placed(path="a", rows=1).digest != Placed(path="a", rows=2).digest
+    assert Dataset.elsewhere == ModelFacts.elsewhere == {"path"}

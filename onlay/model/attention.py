@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.torch_version import TorchVersion
 
+from onlay.errors import BaseModelError
 from onlay.kernels.block_attention import causal_attention, fits
 
 if TYPE_CHECKING:
@@ -64,11 +65,7 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise NotImplementedError("packed attention needs the borders of the examples (cu_seq_lens_q)")
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if refused or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(
-            f"packed attention does not have {', '.join(refused) or 'dropout, masks or bidirectionality'}"
-        )
+    _refuse_extras(module, attention_mask, dropout, kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
     if torch.is_autocast_enabled(query.device.type):  # autocast knows SDPA, but not this kernel
@@ -114,12 +111,11 @@ def block_attention(
 
     Rows too long to keep their probabilities, and wide heads, go to SDPA.  Raises NotImplementedError for what the op does not have.
     """
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    plain = attention_mask is None and not dropout and sliding_window is None and getattr(module, "is_causal", True)
-    if refused or not plain or query.shape[2] != key.shape[2] or query.dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError(
-            "block attention has no masks, windows, dropout, soft-capping, sinks or 16-bit numbers"
-        )
+    _refuse_extras(module, attention_mask, dropout, kwargs)
+    # Under autocast its matrix products would turn to 16 bit inside.
+    half = query.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(query.device.type)
+    if half or sliding_window is not None or query.shape[2] != key.shape[2]:
+        raise NotImplementedError("block attention does not have windows, caches or 16-bit numbers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -137,14 +133,19 @@ def block_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _refuse_extras(module: nn.Module, attention_mask: Tensor | None, dropout: float, extras: dict[str, Any]) -> None:
+    """Raises NotImplementedError for what neither of the attentions above has."""
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if extras.get(name) is not None]
+    if refused or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"it does not have {', '.join(refused) or 'dropout, masks or bidirectionality'}")
+
+
 def choose_layout(model: PreTrainedModel, *, packing: str, device: torch.device, compute_dtype: torch.dtype) -> Layout:
     """The layout to train with: `packing` is the recipe's auto, on or off.
 
     Raises BaseModelError when `on` was asked for and the base does not keep packed examples apart, or when no layout
     gives the logits of each example alone.
     """
-    from onlay.errors import BaseModelError
-
     wants_packed = packing == "on" or (packing == "auto" and device.type == "cuda")
     why_not = (
         "padding by length is faster than packing on a CPU" if packing == "auto" else "packing is off in the recipe"

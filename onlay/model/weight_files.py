@@ -236,6 +236,11 @@ class Digesting:
     def result(self, timeout: float | None = None) -> str | None:
         """The digest, or None when it is not ready within `timeout` seconds.  Raises what went wrong in the thread."""
         self._thread.join(timeout)
+        if isinstance(self._error, OSError):
+            raise BaseModelError(
+                f"The base's weights could not be read for their digest: {self._error}.",
+                "Put the files back, then resume the run: the weights in memory were trained on as they were.",
+            ) from self._error
         if self._error is not None:
             raise self._error
         return self._digest

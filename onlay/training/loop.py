@@ -269,6 +269,9 @@ def _finished_gradient(task: Task, progress: Progress, step: int) -> tuple[float
         elif progress.loss_scale > LEAST_LOSS_SCALE:
             progress.loss_scale /= 2.0
             progress.scale_steps = 0
+            task.report(f"step {step}: the gradient left float16's range, loss scale halved to {progress.loss_scale:g}")
+            if task.metrics is not None:
+                task.metrics.write("loss_scale", step, value=progress.loss_scale)
         else:
             progress.loss_scale = scale
             return loss, norm
@@ -312,6 +315,7 @@ def _evaluate(task: Task, progress: Progress) -> float:
             progress.step,
             f"memory ran out in the evaluation after step {progress.step}",
             longest=task.longest_held_out_tokens,
+            again="the evaluation",
             tokens=progress.budget_tokens,
             attempt=attempt,
         )
@@ -354,13 +358,14 @@ def _cut_finer_for_step(task: Task, progress: Progress, step: int, attempt: int)
         step,
         f"memory ran out in step {step}",
         longest=task.batches.longest(step),
+        again="the same step",
         tokens=task.batches.tokens(step),
         attempt=attempt,
     )
 
 
 def _cut_finer(
-    task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int, attempt: int
+    task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int, attempt: int, again: str
 ) -> None:
     """Frees memory and halves the token budget, down to the longest example; a few times more it is only freed."""
     task.optimizer.zero_grad(set_to_none=True)
@@ -368,11 +373,9 @@ def _cut_finer(
     before = progress.budget_tokens
     if before > longest:
         progress.budget_tokens = max(min(before, tokens) // 2, longest)
-        action = (
-            f"micro-batches of at most {progress.budget_tokens} tokens instead of {before}; the same step is repeated"
-        )
+        action = f"micro-batches of at most {progress.budget_tokens} tokens instead of {before}; {again} is repeated"
     elif attempt <= MAX_REPEATS:
-        action = "memory was freed; the same step is repeated"
+        action = f"memory was freed; {again} is repeated"
     else:
         raise _out_of_memory_error(step, f"one example of {longest} tokens")
     _record(task, progress, step, "out_of_memory", detail, action)

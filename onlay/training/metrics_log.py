@@ -32,7 +32,7 @@ class MetricsLog:
             raise self._unwritable(error) from None
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """`event` is step, evaluation or recovery.  Raises OutputError."""
+        """`event` is step, evaluation, recovery or loss_scale.  Raises OutputError."""
         line = json.dumps({"event": event, "step": step, **values}).encode() + b"\n"
         try:
             written = self._file.write(line)

@@ -255,7 +255,7 @@ def _make_task(
 
 
 def _evaluation_steps(total_steps: int, train_tokens: float, held_out_tokens: float) -> int:
-    """Steps between evaluations: at most ten a run, and no more than cost a tenth of its time.
+    """Steps between evaluations: at most ten a run, and no more than cost EVALUATION_SHARE of its time.
 
     A token costs an evaluation about 0.4 of what it costs a step: a forward pass out of forward and backward.
     """
