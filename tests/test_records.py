@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
 
 from onlay.errors import OutputError
-from onlay.records import , Dataset, ModelFacts, Record
+from onlay.records import (
     RECORDS,
     Checkpoint,
     Dataset,
