@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tensorboard]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tensorboard,quantized]'
 	@touch $@
 
 demo: $(VENV)/installed

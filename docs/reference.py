@@ -25,14 +25,14 @@ from typer.testing import CliRunner
 from onlay.cli import app
 from onlay.data.build import BUILD_NOTES
 from onlay.data.template import NOTES
-from onlay.recipe import field_paths
+from onlay.recipe import METHODS, field_paths
 
 DOCS = Path(__file__).parent
 PROJECT = DOCS.parent
 BLOCK = re.compile(r"<!-- begin: ([\w. -]+) -->\n.*?<!-- end -->", re.S)
 HELP_WIDTH = "80"
 UNSAID = {
-    "adapter.method": "lora: small matrices beside a frozen base. full: every weight trains, and no other adapter field applies.",
+    "adapter.method": "What trains, and how it begins: [docs/methods.md](methods.md) has one row a method. `head` and `full` take no other adapter field.",
     "training.weight_decay": "AdamW's decay, on matrices only; biases and norms are left out.",
     "training.seed": "Order of the rows, first adapter weights, dropout, split: the same seed gives the same run.",
 }
@@ -73,7 +73,7 @@ def recipe_table(section: str) -> str:
         if path.split(".")[0] != section:
             continue
         words = info.description or UNSAID[path]
-        kind = "`lora` or `full`" if path == "adapter.method" else type_words(info)
+        kind = " or ".join(f"`{name}`" for name in METHODS) if path == "adapter.method" else type_words(info)
         lines.append(f"| `{path}` | {kind} | {default_words(path, info)} | {words} |")
     return "\n".join(lines)
 

@@ -158,7 +158,8 @@ def train(
 
         _console(stderr=False).print(run_table(run))
         compare = "" if run.method == "full" else " --compare"
-        _next(f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay chat {run.path}{compare}")
+        use = f"generate {run.path} --prompt 'a text'" if run.method == "head" else f"chat {run.path}{compare}"
+        _next(f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay {use}")
 
     _out(run.model_dump(mode="json") | {"digest": run.digest}, as_json, display)
     if run.status == "interrupted":
@@ -235,6 +236,45 @@ def chat(
             _console(stderr=False).print(answers_table(said[-1:]))
     if as_json:
         print(json.dumps({"run": str(run), "answers": said}, ensure_ascii=False))
+
+
+@app.command()
+def merge(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    into: Annotated[
+        str,
+        typer.Option(
+            "--into",
+            metavar="auto|original|quantized",
+            help="For a run on a quantized base: its original weights, or what the quantized ones stand for. auto: the nearer.",
+        ),
+    ] = "auto",
+    max_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--max-difference", min=0.0, help="Largest logit difference allowed. Default: derived from rounding."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows to compare on.")] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge a run's adapter into its base.
+
+    Writes a plain transformers model, loads it and compares it with base and adapter before it gets its name.
+    """
+    from onlay import stages
+    from onlay.console import Reporter
+
+    with Reporter(_console()) as report:
+        merged = stages.merge(run, out, into=into, max_difference=max_difference, rows=rows, report=report)
+
+    def display() -> None:
+        from onlay.console import merge_table
+
+        _console(stderr=False).print(merge_table(merged))
+
+    _out(merged.model_dump(mode="json") | {"digest": merged.digest}, as_json, display)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from onlay.doctor import Check
-from onlay.records import Dataset, Recovery, Run
+from onlay.records import Dataset, Merge, Recovery, Run
 from onlay.stages import Demo, Loading, Prepared
 
 if TYPE_CHECKING:
@@ -122,6 +122,9 @@ def dataset_table(dataset: Dataset) -> Group:
     head = Text(
         f"{dataset.source}: format {dataset.format}, template {dataset.template}, at most {dataset.max_tokens:,} tokens\n"
     )
+    if dataset.labels:
+        more = f" and {len(dataset.labels) - MOST_SHOWN} more" if len(dataset.labels) > MOST_SHOWN else ""
+        head.append(f"{len(dataset.labels)} labels: {', '.join(dataset.labels[:MOST_SHOWN])}{more}\n")
     names = ("rows", "examples", "tokens", "trained", "longest")
     table = _list("split", *names, numbers=names)
     for name, split in dataset.splits.items():
@@ -163,6 +166,11 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
     if run.evaluation_loss is not None:
         kept = f" (step {run.selected_step})" if run.selected_step is not None else ""
         yield "held-out loss", f"{_number(run.base_evaluation_loss)} before, {_number(run.evaluation_loss)} after{kept}"
+    if run.scores:
+        scores = {name: _percent(run.scores[name]) for name in ("accuracy", "majority_accuracy", "macro_f1")}
+        always = f"{scores['majority_accuracy']} by always saying the most frequent label"
+        yield "accuracy", f"{scores['accuracy']} of {run.scores['rows']:,.0f} held-out rows; {always}"
+        yield "macro F1", scores["macro_f1"]
     yield "trainable", f"{run.trainable_parameters:,} parameters"
     if run.peak_memory_bytes:
         yield "peak memory", f"{run.peak_memory_bytes / 2**30:.2f} GiB"
@@ -176,7 +184,7 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
         if name in run.fast_paths:
             yield name.replace("_", " "), run.fast_paths[name]
     if run.status == "finished":
-        kind = "model" if run.method == "full" else "adapter"
+        kind = {"full": "model", "head": "head"}.get(run.method, "adapter")
         yield kind, f"{run.path}/{kind}"
 
 
@@ -185,7 +193,8 @@ def _proofs(run: Run) -> str:
     movement = run.proofs.get("movement", {})
     for what in ("modules", "weights"):
         if f"moved_{what}" in movement:
-            said.append(f"{movement[f'moved_{what}']} {what} moved")
+            count = movement[f"moved_{what}"]
+            said.append(f"{count} {what if count != 1 else what.removesuffix('s')} moved")
     if run.proofs.get("finite"):
         said.append("all values finite")
     if run.proofs.get("base_unchanged"):
@@ -197,7 +206,18 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def answers_table(results: Sequence[dict[str, str]]) -> Table:
+def merge_table(merge: Merge) -> Group:
+    """A merged model's proof, one column for each choice of weights that was measured."""
+    checks = merge.candidates or {merge.into: merge.verification}
+    columns = [f"into {name}" for name in checks]
+    table = _list("", *columns, numbers=columns)
+    rows = [check.told() for check in checks.values()]
+    for label in rows[0]:
+        table.add_row(label, *(Text(row[label]) for row in rows))
+    return Group(Text(f"{merge.path}: merged into the {merge.into} weights of {merge.base}", style="bold"), table)
+
+
+def answers_table(results: Sequence[dict[str, Any]]) -> Table:
     """One row a prompt: {"prompt", "answer"}, and "base" between them when comparing.  Nothing is cut off."""
     compared = "base" in results[0]
     names = ["prompt", "base", "answer"] if compared else ["prompt", "answer"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -38,30 +39,88 @@ class ModelSection(Section):
     compute: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 where the GPU has it, fp16 with loss scaling elsewhere, fp32 on the CPU."
     )
+    storage: Literal["auto", "bf16", "nf4", "int8"] = Field(
+        "auto",
+        description="How the frozen base is kept. bf16: not quantized, in the precision of `compute`; nf4: 4 bits (QLoRA); int8: 8 bits; auto: bf16, or nf4 where the GPU's memory asks for it.",
+    )
+    double_quantization: bool = Field(
+        True, description="nf4: the scales of the blocks are quantized too; saves 0.4 bits a weight."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the base. Off by default.")
 
 
 class LoraAdapter(Section):
-    method: Literal["lora"] = "lora"
+    artefact: ClassVar[str] = "adapter"
+    """Folder in the run that holds what was trained."""
+    method: Literal["lora", "rslora", "dora"] = "lora"
     rank: int = Field(16, ge=1, le=1024, description="Inner dimension R of the update B A.")
-    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank. Default: 2 x rank.")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="The update is scaled by alpha / rank (rslora: alpha / sqrt(rank)). Default: 2 x rank; rslora 16; pissa and loftq rank.",
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
     targets: TargetPreset | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="all-linear, attention, mlp, qv, or a list of the model's own module names."
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases train.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the adapter's weights; bf16 halves them, their gradients and optimizer state."
+    )
 
     @property
     def scale(self) -> float:
-        return self.resolved_alpha / self.rank
+        return self.resolved_alpha / (math.sqrt(self.rank) if self.method == "rslora" else self.rank)
 
     @property
     def resolved_alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+        """rsLoRA's alpha does not go with the rank; PiSSA and LoftQ begin with a large B A and are used with scale 1."""
+        defaults: dict[str, float] = {"rslora": 16.0, "pissa": self.rank, "loftq": self.rank}
+        return defaults.get(self.method, 2.0 * self.rank) if self.alpha is None else self.alpha
+
+
+class LoraPlusAdapter(LoraAdapter):
+    method: Literal["lora+"]  # type: ignore[assignment]
+    learning_rate_ratio: float = Field(16.0, ge=1.0, description="lora+: B learns this many times faster than A.")
+
+
+class PissaAdapter(LoraAdapter):
+    method: Literal["pissa"]  # type: ignore[assignment]
+    svd_iterations: int = Field(
+        16,
+        ge=0,
+        description="pissa, loftq: power iterations of the randomized SVD that the adapter begins with; 0: exact.",
+    )
+
+
+class LoftqAdapter(LoraAdapter):
+    method: Literal["loftq"]  # type: ignore[assignment]
+    svd_iterations: int = Field(
+        16,
+        ge=0,
+        description="pissa, loftq: power iterations of the randomized SVD that the adapter begins with; 0: exact.",
+    )
+
+
+class HeadAdapter(Section):
+    artefact: ClassVar[str] = "head"
+    method: Literal["head"]
 
 
 class FullTuning(Section):
+    artefact: ClassVar[str] = "model"
     method: Literal["full"]
+
+
+ADAPTERS: tuple[type[Section], ...] = (
+    LoraAdapter,
+    LoraPlusAdapter,
+    PissaAdapter,
+    LoftqAdapter,
+    HeadAdapter,
+    FullTuning,
+)
+METHODS = ("lora", "rslora", "dora", "lora+", "pissa", "loftq", "head", "full")
 
 
 class DataSection(Section):
@@ -102,7 +161,23 @@ class TrainingSection(Section):
         "auto",
         description="Several examples in one row without padding. auto: on a GPU, where the base keeps them apart.",
     )
-    learning_rate: float | None = Field(None, gt=0, lt=1, description="Peak. Default: 2e-4 for lora, 2e-5 for full.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw",
+        description="8bit: two bytes of state a trained weight instead of eight; paged: the state moves to host memory when the GPU is full.",
+    )
+    recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Layers whose activations are computed again in the backward pass instead of kept: none, all, or the first k; auto: none, and all once memory runs out for a single example, or at once with offload_activations.",
+    )
+    offload_activations: bool = Field(
+        False, description="What recomputed layers keep goes to pinned host memory until the backward pass needs it."
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Peak. Default: 2e-4 for lora and its relatives, 5e-5 for lora+ (of A), 1e-3 for head, 2e-5 for full.",
+    )
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_fraction: float = Field(0.05, ge=0.0, le=1.0, description="Share of the steps over which the rate rises.")
     weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Shrinks the trained weights a little at every step.")
@@ -133,7 +208,10 @@ class EvaluationSection(Section):
 
 class Recipe(Section):
     model: ModelSection
-    adapter: Annotated[LoraAdapter | FullTuning, Field(discriminator="method")] = LoraAdapter()
+    adapter: Annotated[
+        LoraAdapter | LoraPlusAdapter | PissaAdapter | LoftqAdapter | HeadAdapter | FullTuning,
+        Field(discriminator="method"),
+    ] = LoraAdapter()
     data: DataSection
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -153,7 +231,7 @@ class Recipe(Section):
     def learning_rate(self) -> float:
         if self.training.learning_rate is not None:
             return self.training.learning_rate
-        return 2e-4 if self.adapter.method == "lora" else 2e-5
+        return {"full": 2e-5, "head": 1e-3, "lora+": 5e-5}.get(self.adapter.method, 2e-4)
 
     def to_yaml(self) -> str:
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -275,6 +353,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             f"model.weights = random needs adapter.method = full, not {recipe.adapter.method}.",
             "An adapter on random weights learns nothing of use: set adapter.method to full.",
         )
+    _refuse_method_pairs(recipe)
     given = [name for name in _COLUMN_FIELDS if getattr(data, name) is not None]
     if data.format == "auto":
         fits = [read for read in _READ_COLUMNS.values() if set(given) <= set(read)]
@@ -305,12 +384,70 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             )
 
 
+def _refuse_method_pairs(recipe: Recipe) -> None:
+    """Storage, method and memory fields that cannot be combined, each with its reason.  Raises RecipeError."""
+    storage, method, training = recipe.model.storage, recipe.adapter.method, recipe.training
+    if storage in ("nf4", "int8") and method == "full":
+        raise RecipeError(
+            f"model.storage = {storage} cannot be trained in full: quantized weights have no gradient.",
+            "Set model.storage to bf16, or adapter.method to lora (QLoRA).",
+        )
+    if storage in ("nf4", "int8") and isinstance(recipe.adapter, PissaAdapter):
+        raise RecipeError(
+            f"adapter.method = pissa takes its adapter out of the base's own weights, which model.storage = {storage} has rounded.",
+            "Set model.storage to bf16; or adapter.method to loftq, which makes up for the rounding of nf4.",
+        )
+    if storage != "nf4" and isinstance(recipe.adapter, LoftqAdapter):
+        raise RecipeError(
+            f"adapter.method = loftq makes up for the rounding of nf4, but model.storage is {storage}.",
+            "Set model.storage to nf4, or adapter.method to lora.",
+        )
+    if storage != "nf4" and not recipe.model.double_quantization:
+        raise RecipeError(
+            f"model.double_quantization is read with model.storage = nf4 only, not {storage}.",
+            "Delete one of the two lines.",
+        )
+    if method == "head" and recipe.data.format not in ("auto", "classification"):
+        raise RecipeError(
+            f"adapter.method = head learns labels, but data.format is {recipe.data.format}.",
+            "Set data.format to classification (columns text and label), or choose another method.",
+        )
+    if isinstance(recipe.adapter, LoraAdapter) and method == "dora" and recipe.adapter.precision == "bf16":
+        raise RecipeError(
+            "adapter.precision = bf16 does not go with adapter.method = dora: its norms would be rounded to 16 bit.",
+            "Delete adapter.precision, or set adapter.method to lora.",
+        )
+    if method == "head":
+        _refuse_unread_by_head(recipe)
+    if training.offload_activations and training.recompute == "none":
+        raise RecipeError(
+            "training.offload_activations moves what recomputed layers keep, and training.recompute is none.",
+            "Set training.recompute to all, or delete training.offload_activations.",
+        )
+
+
+def _refuse_unread_by_head(recipe: Recipe) -> None:
+    """A head reads text and label, and keeps no activations.  Raises RecipeError for a field that it would not read."""
+    unread = {
+        "data.template": recipe.data.template != "auto", "data.system": recipe.data.system is not None,
+        "data.loss_on": recipe.data.loss_on != "assistant", "data.messages_field": recipe.data.messages_field is not None,
+        "training.recompute": recipe.training.recompute not in ("auto", "none"),
+        "training.offload_activations": recipe.training.offload_activations,
+    }  # fmt: skip
+    for name, given in unread.items():
+        if given:
+            raise RecipeError(
+                f"{name} is not read with adapter.method = head: it classifies plain text, and keeps no activations.",
+                "Delete one of the two lines.",
+            )
+
+
 def field_paths() -> dict[str, Any]:
     """Every recipe field as `section.field` with its pydantic FieldInfo; adapter fields are those of every method."""
     paths: dict[str, Any] = {}
     sections: dict[str, list[type[Section]]] = {
         "model": [ModelSection],
-        "adapter": [LoraAdapter, FullTuning],
+        "adapter": list(ADAPTERS),
         "data": [DataSection],
         "training": [TrainingSection],
         "evaluation": [EvaluationSection],
@@ -340,7 +477,7 @@ def _location(detail: Any) -> list[str]:
     """Section, field and position in a list.  Unions add the tried types' names to it; those are dropped."""
     loc = detail["loc"]
     if len(loc) > 1 and loc[0] == "adapter":
-        loc = (loc[0], *loc[2:]) if loc[1] in ("lora", "full") else loc
+        loc = (loc[0], *loc[2:]) if loc[1] in METHODS else loc
     return [str(part) for part in loc[:2]]
 
 
@@ -358,7 +495,10 @@ def _explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
         name = _REQUIRED.get(name, name)
         return f"{name} is missing.", f"Add it to the recipe, or pass --set {name}=..."
     if kind == "union_tag_invalid":
-        return f"adapter.method = {_shown(given.get('method'))} is not a method.", "Use lora or full."
+        return (
+            f"adapter.method = {_shown(given.get('method'))} is not a method.",
+            f"Use {', '.join(METHODS[:-1])} or {METHODS[-1]}.",
+        )
     if len(location) < 2:
         return (
             f"{name} = {_shown(given)} is not a section.",
@@ -370,6 +510,11 @@ def _explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
         return (
             f"adapter.targets = {_shown(given)} is neither a preset nor a list of modules.",
             "Use all-linear, attention, mlp, qv, or a list such as [q_proj, v_proj].",
+        )
+    if name == "training.recompute":
+        return (
+            f"training.recompute = {_shown(given)} is neither auto, none, all nor a number of layers.",
+            "Use all, a number such as 16 (the first layers), or delete the line to get the default.",
         )
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         use = (

@@ -138,6 +138,8 @@ class Dataset(Record):
     max_tokens: int
     stop_token_ids: list[int]
     """Tokens that end an answer; trained at the end of every assistant turn."""
+    labels: list[str] = []
+    """Method head: the training rows' labels, sorted; a label's number is its place."""
     splits: dict[str, SplitFacts]
     findings: list[Finding]
 
@@ -181,6 +183,8 @@ class Run(Record):
     """Before the first step, on the held-out rows."""
     evaluation_loss: float | None = None
     """Of the adapter that was kept."""
+    scores: dict[str, float] = {}
+    """Method head, over all held-out rows: rows, accuracy, majority_accuracy, macro_f1 of the weights that were kept."""
     trainable_parameters: int = 0
     selected_step: int | None = None
     """Step whose weights are in adapter/."""
@@ -196,4 +200,81 @@ class Run(Record):
     error: str | None = None
 
 
-RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run)}
+class MergeCheck(BaseModel):
+    """A merged model compared with base and adapter as they were trained, at trained tokens of the run's rows.
+
+    A number that is not finite, which JSON does not have, is None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    into: str
+    """original or quantized: the weights that the adapter was merged into."""
+    split: str
+    """evaluation, or train for a run without held-out rows."""
+    rows: int
+    tokens: int
+    max_logit_difference: float | None
+    mean_logit_difference: float | None
+    """Mean of the absolute differences, over the whole vocabulary."""
+    top1_agreement: float
+    """Share of the tokens at which both find the same one likeliest."""
+    perplexity: dict[str, float | None]
+    """exp(nats per trained token) of `adapter`, `merged` and `base`."""
+    base_mean_logit_difference: float | None
+    """Between the merged model and the weights that it was merged into."""
+    proven_max_difference: float | None
+    """Like max_logit_difference, but to the adapter on the very weights that it was merged into; another number only when
+    a run on a quantized base is merged into the original weights."""
+    proven_mean_difference: float | None
+    rounding_max_difference: float | None
+    """What rounding does to the logits: of the changed weights to the files' dtype, of the adapter to that of the work."""
+    rounding_mean_difference: float | None
+    limit: float | None
+    """Largest mean difference (proven_mean_difference) that rounding explains; --max-difference: of max_logit_difference."""
+    passed: bool
+    reason: str | None = None
+    """Why it did not pass."""
+
+    def told(self) -> dict[str, str]:
+        """What to show of it: label to number, for a table."""
+        numbers = {
+            "largest logit difference": self.max_logit_difference,
+            "mean logit difference": self.mean_logit_difference,
+            "mean by rounding alone": self.rounding_mean_difference,
+            "perplexity, base and adapter": self.perplexity["adapter"],
+            "perplexity, merged": self.perplexity["merged"],
+        }
+        return {
+            "rows compared": f"{self.rows:,} ({self.split})",
+            "tokens compared": f"{self.tokens:,}",
+            **{label: "not finite" if value is None else f"{value:.4g}" for label, value in numbers.items()},
+            "same likeliest token": f"{self.top1_agreement:.2%}",
+            "proven": "yes" if self.passed else f"no: {self.reason}",
+        }
+
+
+class Merge(Record):
+    """A base with an adapter merged into it, as a plain transformers model, and what was proven about it."""
+
+    kind: ClassVar[str] = "merge"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"path"})
+    path: str
+    status: str
+    """merged, or rejected: the folder then has another name than was asked for."""
+    base: str
+    base_revision: str | None
+    method: str
+    storage: str
+    """How the base was kept in training: bf16 (not quantized), nf4, int8."""
+    into: str
+    seconds: float
+    weight_bytes: int
+    changed_tensors: int
+    """Stored tensors that merging changed; all others are byte for byte the base's."""
+    verification: MergeCheck
+    candidates: dict[str, MergeCheck] = {}
+    """Every choice of weights that was measured; more than one for a run on a quantized base."""
+    error: str | None = None
+
+
+RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge)}

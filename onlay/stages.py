@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any
 from onlay import ledger
 from onlay.doctor import install_line
 from onlay.errors import DataError, OnlayError, OutputError, RecipeError, SetupError
-from onlay.recipe import Recipe, read_recipe
-from onlay.records import RECORDS, Dataset, ModelFacts, Record, Run, write_whole
+from onlay.recipe import LoftqAdapter, LoraAdapter, PissaAdapter, Recipe, read_recipe
+from onlay.records import RECORDS, Dataset, Merge, ModelFacts, Record, Run, write_whole
 
 if TYPE_CHECKING:
     from onlay.data.build import Split
+    from onlay.data.labels import LabelledText
     from onlay.data.read import Conversation, Scan, Turn
     from onlay.data.template import ChatTemplate
     from onlay.generation.engine import Sampling
+    from onlay.model.head import ClassificationHead
+    from onlay.model.initialize import LoftqFactors
 
 Report = Callable[[Any], None]
 """Gets StepReport, Recovery, Loading and plain text, as they happen."""
@@ -46,6 +49,10 @@ def _silent(_event: Any) -> None:
     pass
 
 
+def _while_loading(report: Report) -> Callable[[int, int], None]:
+    return lambda done, total: report(Loading("loading the base", done, total))
+
+
 # ------------------------------------------------------------------------------------------------------------ prepare
 
 
@@ -57,11 +64,14 @@ class Source:
     scan: Scan
     held_out_scan: Scan | None
     facts: ModelFacts
+    labels: list[str]
+    """What a classification head tells apart; empty for the other methods."""
 
 
 def look(recipe: Recipe, *, report: Report = _silent) -> Source:
     """Reads every row once and the base's headers.  Raises OnlayError, within seconds, for all that shows without torch."""
     from onlay.data.build import hold_out, resolve_max_tokens
+    from onlay.data.labels import find_labels
     from onlay.data.read import scan
     from onlay.data.template import read_template
     from onlay.model.facts import check_targets, read_facts
@@ -69,14 +79,39 @@ def look(recipe: Recipe, *, report: Report = _silent) -> Source:
     _check_trackers(recipe)
     if recipe.data.template != "auto":
         read_template(recipe.data.template)
-    scanned = scan(recipe.data.train, recipe.data, limit=recipe.data.max_rows)
-    held_out = scan(recipe.evaluation.file, recipe.data, limit=None) if recipe.evaluation.file else None
-    hold_out(recipe, scanned, held_out)
+    head = recipe.adapter.method == "head"
+    # A head reads texts and labels, whatever else the columns could be taken for.
+    section = recipe.data.model_copy(update={"format": "classification"}) if head else recipe.data
+    scanned = scan(section.train, section, limit=section.max_rows)
+    held_out = scan(recipe.evaluation.file, section, limit=None) if recipe.evaluation.file else None
+    held_out_rows = hold_out(recipe, scanned, held_out)
     facts = read_facts(recipe.model, progress=lambda done, total: report(Loading("fetching the base", done, total)))
-    if recipe.adapter.method == "lora":
+    if isinstance(recipe.adapter, LoraAdapter):
         check_targets(facts, recipe.adapter.targets)
     resolve_max_tokens(recipe, facts.context_tokens)
-    return Source(recipe=recipe, scan=scanned, held_out_scan=held_out, facts=facts)
+    labels = (
+        find_labels(recipe, scanned, held_out_rows, held_out, vocabulary_size=facts.vocabulary_size) if head else []
+    )
+    return Source(recipe=recipe, scan=scanned, held_out_scan=held_out, facts=facts, labels=labels)
+
+
+def _check_device(recipe: Recipe) -> None:
+    """Fields of `training` that this machine has no use for.  The data can be prepared without it, so `look` does not ask."""
+    from onlay.hardware import find_hardware_light
+
+    training = recipe.training
+    if training.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise SetupError(
+            f"training.optimizer = {training.optimizer} needs bitsandbytes, which is not installed.",
+            f"{install_line('bitsandbytes')}, or delete the line to get adamw.",
+        )
+    wants_gpu = [f"training.optimizer = {training.optimizer}"] if training.optimizer.startswith("paged") else []
+    wants_gpu += ["training.offload_activations"] if training.offload_activations else []
+    if wants_gpu and not find_hardware_light().has_cuda:
+        raise RecipeError(
+            f"{wants_gpu[0]} needs a GPU: it moves what the GPU has no room for to the host, and here is no GPU.",
+            "Delete the line, or train on a machine with a CUDA GPU (onlay doctor tells what this one has).",
+        )
 
 
 def _check_trackers(recipe: Recipe) -> None:
@@ -92,7 +127,7 @@ def _check_trackers(recipe: Recipe) -> None:
 class Prepared:
     source: Source
     tokenizer: Any
-    template: ChatTemplate
+    template: ChatTemplate | LabelledText
     dataset: Dataset
 
     def split(self, name: str) -> Split:
@@ -104,12 +139,17 @@ class Prepared:
 def prepare_source(source: Source, *, report: Report = _silent) -> Prepared:
     """Tokenizes, or finds what was tokenized before from the same rows, recipe and tokenizer."""
     from onlay.data.build import prepare_dataset
+    from onlay.data.labels import LabelledText
     from onlay.data.template import ChatTemplate
     from onlay.model.tokenizer import load_tokenizer, tokenizer_digest
 
     recipe, facts = source.recipe, source.facts
     tokenizer = load_tokenizer(facts, trust_remote_code=recipe.model.trust_remote_code)
-    template = ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on)
+    template = (
+        LabelledText(tokenizer, source.labels)
+        if recipe.adapter.method == "head"
+        else ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on)
+    )
     dataset = prepare_dataset(
         recipe,
         source.scan,
@@ -160,6 +200,7 @@ def train(
     folder = Path(parsed.training.output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     if _rank() == 0:
         _check_free(folder)
+    _check_device(parsed)
     return _train(look(parsed, report=report), folder, resume=False, report=report)
 
 
@@ -169,7 +210,9 @@ def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
     run = Run.load(folder)
     if run.status == "finished":
         raise OutputError(f"{folder} is finished.", f"onlay generate {folder} --prompt '...', or train anew for more.")
-    source = look(read_recipe(folder / "recipe.yaml"), report=report)
+    recipe = read_recipe(folder / "recipe.yaml")
+    _check_device(recipe)
+    source = look(recipe, report=report)
     trained_on = ModelFacts.load(folder)
     if source.facts.weight_fingerprint != trained_on.weight_fingerprint:
         raise OutputError(
@@ -194,6 +237,7 @@ def _check_free(folder: Path) -> None:
 
 def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run:
     from onlay.data.pack import collate, plan_micro_batches
+    from onlay.evaluation.scores import label_scores
     from onlay.hardware import find_hardware
     from onlay.model.facts import Digesting
     from onlay.model.load import load_base
@@ -215,9 +259,11 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     hardware = find_hardware()
     digesting = Digesting(facts, ledger.home()) if devices.is_main else None
     report(f"loading {facts.name}")
+    loftq = _loftq_factors(recipe, folder, resume=resume)
     base = load_base(
         facts, recipe.model, hardware, device=devices.device, seed=recipe.training.seed,
-        trains_weights=recipe.adapter.method == "full",
+        trains_weights=recipe.adapter.method == "full", needs_16_bit=isinstance(recipe.adapter, PissaAdapter),
+        on_quantized=loftq, progress=_while_loading(report),
     )  # fmt: skip
     if devices.is_main and not resume:
         _begin_folder(folder, recipe, prepared)
@@ -229,7 +275,8 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         held_out_examples=prepared.split("evaluation") if "evaluation" in splits else None,
         plan=plan_micro_batches, collate=collate, pad_token_id=pad_token_id(prepared.tokenizer), folder=folder,
         devices=devices, report=report, base_weight_digest=digesting.result if digesting else lambda: None,
-        save_tokenizer=lambda path: prepared.tokenizer.save_pretrained(str(path)),
+        save_tokenizer=lambda path: prepared.tokenizer.save_pretrained(str(path)), label_scores=label_scores,
+        loftq=loftq,
     )  # fmt: skip
     try:
         run = train_adapter(parts, resume=resume)
@@ -241,6 +288,18 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     if devices.is_main:
         ledger.append(run, folder)
     return run
+
+
+def _loftq_factors(recipe: Recipe, folder: Path, *, resume: bool) -> LoftqFactors | None:
+    """What makes a LoftQ adapter's first weights while the base is quantized; where a checkpoint holds later ones, nothing."""
+    from onlay.model.adapter import is_wanted
+    from onlay.model.initialize import LoftqFactors
+    from onlay.training.checkpoint import Checkpoints
+
+    section = recipe.adapter
+    if not isinstance(section, LoftqAdapter) or (resume and Checkpoints(folder / "checkpoints", keep=1).steps()):
+        return None
+    return LoftqFactors(section, seed=recipe.training.seed, wanted=lambda name: is_wanted(name, section.targets))
 
 
 def _rank() -> int:
@@ -351,6 +410,11 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = _sil
     folder = Path(folder)
     run = Run.load(folder)
     recipe = read_recipe(folder / "recipe.yaml")
+    if recipe.adapter.method == "head":
+        raise OutputError(
+            f"{folder} is a classification head: it says a label for a text, and writes nothing.",
+            f"onlay generate {folder} --prompt 'a text'",
+        )
     if compare and recipe.adapter.method == "full":
         raise OutputError(
             f"{folder} was tuned in full: there is no adapter to leave out, so no base to compare with.",
@@ -363,6 +427,7 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = _sil
     from onlay.data.template import ChatTemplate
     from onlay.hardware import find_hardware
     from onlay.model.adapter import load_adapter
+    from onlay.model.compatibility import check
     from onlay.model.facts import read_facts
     from onlay.model.load import load_base
     from onlay.model.tokenizer import load_tokenizer
@@ -371,11 +436,18 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = _sil
     if full:
         section = section.model_copy(update={"base": str(folder / "model"), "weights": "pretrained", "revision": None})
     facts = read_facts(section)
+    if not full:
+        check(folder / "adapter", facts)  # Before anything large is read.
     report(f"loading {facts.name}")
     tokenizer = load_tokenizer(facts, trust_remote_code=section.trust_remote_code)
-    model: Any = load_base(facts, section, find_hardware()).model
+    base = load_base(facts, section, find_hardware(), progress=_while_loading(report), spread=True)
+    if "placement" in base.notes:
+        report(f"{facts.name} is larger than the first GPU: {base.notes['placement']}")
+    model: Any = base.model
     if not full:
-        model = load_adapter(model, folder / "adapter", facts=facts)
+        for note in check(folder / "adapter", facts, storage=base.storage):
+            report(note)
+        model = load_adapter(model, folder / "adapter", facts=facts, storage=base.storage)
     return LoadedRun(
         recipe=recipe, facts=facts, dataset=Dataset.load(folder), model=model, tokenizer=tokenizer,
         template=ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on),
@@ -391,10 +463,19 @@ def generate(
     compare: bool = False,
     on_text: Callable[[str], None] | None = None,
     report: Report = _silent,
-) -> list[dict[str, str]]:
-    """Answers to prompts: {"prompt", "answer"} each, and "base" (the base's answer) with `compare`."""
+) -> list[dict[str, Any]]:
+    """Answers to prompts: {"prompt", "answer"} each, and "base" (the base's answer) with `compare`.
+
+    Of a classification head the answer is a label, and "probabilities" has that of every label.
+    """
     from onlay.generation.engine import Sampling as Settings
 
+    if Run.load(Path(run)).method == "head":
+        _refuse_writing_options(run, compare=compare, system=system, samples=sampling not in (None, Settings()))
+        results = open_head(run, report=report).classify(prompts)
+        if on_text is not None:
+            on_text(results[0]["answer"])
+        return results
     loaded = open_run(run, compare=compare, report=report)
     sampling = sampling or Settings()
     conversations = [_turns(prompt, system or loaded.recipe.data.system) for prompt in prompts]
@@ -404,6 +485,68 @@ def generate(
         base = loaded.answer(conversations, sampling=sampling, use_adapter=False, report=report)
         results = [result | {"base": text} for result, text in zip(results, base, strict=True)]
     return results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedHead:
+    """A finished classification head on its base, ready to answer."""
+
+    facts: ModelFacts
+    model: ClassificationHead
+    encoding: LabelledText
+
+    def classify(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """{"prompt", "answer" (the likeliest label), "probabilities" (of each label)} for each text.  Raises DataError."""
+        encoded = self.encoding.encode_texts(texts)
+        longest, context = max(map(len, encoded), default=0), self.facts.context_tokens
+        if context is not None and longest > context:
+            raise DataError(
+                f"The text has {longest:,} tokens; the context of {self.facts.name} is {context:,}.", "Shorten it."
+            )
+        if not all(encoded):
+            raise DataError("A text has no token, so there is nothing to read a label from.", "Give some text.")
+        results = []
+        for text, shares in zip(texts, self.model.probabilities(encoded), strict=True):
+            probabilities = dict(zip(self.encoding.labels, shares, strict=True))
+            answer = self.encoding.labels[shares.index(max(shares))]
+            results.append({"prompt": text, "answer": answer, "probabilities": probabilities})
+        return results
+
+
+def open_head(folder: str | Path, *, report: Report = _silent) -> LoadedHead:
+    """Loads a finished run's base and classification head.  Raises OnlayError."""
+    from onlay.data.labels import LabelledText
+    from onlay.hardware import find_hardware
+    from onlay.model.facts import read_facts
+    from onlay.model.head import load_head, read_head
+    from onlay.model.load import load_base
+    from onlay.model.tokenizer import load_tokenizer
+
+    folder = Path(folder)
+    run = Run.load(folder)
+    section = read_recipe(folder / "recipe.yaml").model
+    if not (folder / "head").is_dir():
+        raise OutputError(f"{folder} is {run.status}: it has no head yet.", f"onlay train --resume {folder}")
+    facts = read_facts(section)
+    saved = read_head(folder / "head", facts=facts)
+    # As it was in training, also where the storage `auto` would be another on this device.
+    section = section.model_copy(update={"storage": saved.storage})
+    report(f"loading {facts.name}")
+    tokenizer = load_tokenizer(facts, trust_remote_code=section.trust_remote_code)
+    model = load_head(
+        load_base(facts, section, find_hardware(), progress=_while_loading(report)).model, folder / "head", facts=facts
+    )
+    return LoadedHead(facts=facts, model=model, encoding=LabelledText(tokenizer, saved.labels))
+
+
+def _refuse_writing_options(run: str | Path, *, compare: bool, system: str | None, samples: bool) -> None:
+    """A classification head reads one text and says a label: what goes with writing would be left unread."""
+    refused = {"--compare": compare, "--system": bool(system), "Sampling and a length": samples}
+    for name in (name for name, given in refused.items() if given):
+        raise OutputError(
+            f"{name} cannot be used with {run}: a classification head says a label for a text, and writes nothing.",
+            f"onlay generate {run} --prompt 'a text'; with --json also every label's probability.",
+        )
 
 
 def _turns(prompt: str, system: str | None) -> list[Turn]:
@@ -452,6 +595,81 @@ def chat(
     system = system or loaded.recipe.data.system
     first = [Turn("system", system)] if system else []
     return Chat(loaded, sampling or Settings(), list(first), list(first) if compare else None)
+
+
+# -------------------------------------------------------------------------------------------------------------- merge
+
+
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    into: str = "auto",
+    max_difference: float | None = None,
+    rows: int = 32,
+    report: Report = _silent,
+) -> Merge:
+    """Merges a finished run's adapter into its base and proves the result; `out` is then a plain transformers model.
+
+    `into`, for a run on a quantized base: `original` weights, `quantized` ones as trained against, or `auto`, the nearer.
+    `rows` are compared; `max_difference` takes the place of the derived limit and bounds the largest logit difference.
+    Raises OnlayError; ProofError when the result is not what base and adapter are: it is then kept under another name.
+    """
+    folder = _run_folder(Path(run))
+    done = Run.load(folder)
+    recipe = read_recipe(folder / "recipe.yaml")
+    _check_mergeable(folder, done, recipe, out=Path(out), into=into, rows=rows)
+
+    from onlay.data.build import open_split
+    from onlay.hardware import find_hardware
+    from onlay.model.facts import read_facts
+    from onlay.release.merge import Job, merge_adapter, rejection
+
+    dataset = Dataset.load(folder)
+    split = "evaluation" if "evaluation" in dataset.splits else "train"
+    facts = read_facts(recipe.model, progress=lambda so_far, total: report(Loading("fetching the base", so_far, total)))
+    job = Job(
+        run=done, recipe=recipe, facts=facts, dataset=dataset, adapter=folder / "adapter", out=Path(out), into=into,
+        storage=_trained_storage(folder, recipe), examples=open_split(dataset, split), split=split, rows=rows,
+        max_difference=max_difference, hardware=find_hardware(),
+        report=lambda what, so_far, total: report(Loading(what, so_far, total)),
+    )  # fmt: skip
+    merged = merge_adapter(job)
+    ledger.append(merged, merged.path)
+    if merged.status != "merged":
+        raise rejection(merged)
+    return merged
+
+
+def _run_folder(given: Path) -> Path:
+    """The run folder, where its adapter/ was named."""
+    return given.parent if given.name == "adapter" and not (given / "run.json").is_file() else given
+
+
+def _check_mergeable(folder: Path, run: Run, recipe: Recipe, *, out: Path, into: str, rows: int) -> None:
+    if out.exists():
+        raise OutputError(f"{out} exists already.", "Choose another OUT, or move it away.")
+    if recipe.adapter.artefact != "adapter":
+        why = {"model": "there is no adapter: model/ is the whole model", "head": "a classification head is no update"}
+        raise OutputError(
+            f"{folder} was trained with method {recipe.adapter.method}: {why[recipe.adapter.artefact]}.",
+            f"Use {folder / recipe.adapter.artefact} as it is.",
+        )
+    if run.status != "finished" or not (folder / "adapter").is_dir():
+        raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
+    if into not in ("auto", "original", "quantized"):
+        raise OutputError(f"--into {into} is none of auto, original, quantized.", "Leave it out for auto.")
+    if rows < 1:
+        raise OutputError(f"--rows {rows} compares nothing.", "Give at least 1.")
+
+
+def _trained_storage(folder: Path, recipe: Recipe) -> str:
+    """How the base was kept in training: noted beside the adapter, since `auto` was decided there."""
+    path = folder / "adapter" / "onlay.json"
+    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    storage = notes.get("storage") or recipe.model.storage
+    # Runs from before there was a choice say nothing; theirs was not quantized.
+    return "bf16" if storage == "auto" else str(storage)
 
 
 # --------------------------------------------------------------------------------------------------------------- show
@@ -504,7 +722,7 @@ def demo(*, output: str | None = None, report: Report = _silent) -> Demo:
         run = train(recipe, report=report)
         train_seconds = time.perf_counter() - began
     loaded = open_run(run.path, report=report)
-    rows = _held_out_rows(loaded.dataset)
+    rows = held_out_rows(loaded.dataset)
     prompts = [row.turns[:-1] for row in rows]
     expected = [row.turns[-1].content for row in rows]
     longest = max(len(loaded.tokenizer(text)["input_ids"]) for text in expected)
@@ -529,7 +747,7 @@ def demo(*, output: str | None = None, report: Report = _silent) -> Demo:
     )  # fmt: skip
 
 
-def _held_out_rows(dataset: Dataset) -> list[Conversation]:
+def held_out_rows(dataset: Dataset) -> list[Conversation]:
     from onlay.data.build import open_split
     from onlay.data.read import Conversation
 

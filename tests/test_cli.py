@@ -14,7 +14,7 @@ import pytest
 from onlay import cli
 from tests.builders import save_tiny_base, write_rows
 
-VERBS = ("init", "doctor", "prepare", "train", "generate", "chat", "show", "log", "schema", "demo")
+VERBS = ("init", "doctor", "prepare", "train", "generate", "chat", "merge", "show", "log", "schema", "demo")
 HELP = """
 import contextlib, io, json, sys
 from onlay.cli import main

@@ -15,7 +15,7 @@ from onlay.doctor import Check
 from onlay.records import Finding, Recovery, Run
 from onlay.stages import Demo, Loading
 from onlay.training.loop import StepReport
-from tests.test_records import dataset, run
+from tests.test_records import dataset, merge, run
 
 WIDTH = 80
 
@@ -218,3 +218,19 @@ def test_doctor_shows_what_to_do_below_what_is_wrong() -> None:
 def test_every_field_of_a_run_that_holds_something_is_shown() -> None:
     shown = {name.split(".")[0] for name, _ in view._fields(Run.model_validate(run()).model_dump(mode="json"))}
     assert {"status", "steps", "seconds", "proofs", "recoveries", "checkpoints"} <= shown
+
+
+def test_a_merge_is_one_column_for_each_choice_of_weights() -> None:
+    text = printed(view.merge_table(merge()))
+    assert text.splitlines()[0].split() == [
+        "merged:",
+        *["merged", "into", "the", "quantized", "weights", "of", "pocket"],
+    ]
+    assert text.splitlines()[1].split() == ["into", "quantized", "into", "original"]
+    assert "same likeliest token" in text
+    assert "99.00%" in text
+    broken = merge().verification.model_copy(update={"max_logit_difference": None, "passed": False, "reason": "why"})
+    alone = printed(view.merge_table(merge(candidates={}, verification=broken)))
+    assert "not finite" in alone
+    assert "no: why" in alone
+    assert "original" not in alone

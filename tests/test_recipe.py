@@ -11,11 +11,17 @@ import yaml
 
 from onlay.errors import RecipeError
 from onlay.recipe import (
+    ADAPTERS,
+    METHODS,
     DataSection,
     EvaluationSection,
     FullTuning,
+    HeadAdapter,
+    LoftqAdapter,
     LoraAdapter,
+    LoraPlusAdapter,
     ModelSection,
+    PissaAdapter,
     Recipe,
     Section,
     TrainingSection,
@@ -27,7 +33,7 @@ from onlay.recipe import (
 PACKAGE = Path(__file__).parent.parent / "onlay"
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "model": (ModelSection,),
-    "adapter": (LoraAdapter, FullTuning),
+    "adapter": ADAPTERS,
     "data": (DataSection,),
     "training": (TrainingSection,),
     "evaluation": (EvaluationSection,),
@@ -72,7 +78,9 @@ def test_two_fields_are_a_recipe() -> None:
 
 
 def test_the_default_learning_rate_depends_on_the_method() -> None:
-    assert parsed(adapter={"method": "full"}).learning_rate == 2e-5
+    rates = {"lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "lora+": 5e-5, "pissa": 2e-4, "head": 1e-3, "full": 2e-5}
+    for method, rate in rates.items():
+        assert parsed(adapter={"method": method}).learning_rate == rate
     assert parsed(adapter={"method": "full"}, training={"learning_rate": 0.1}).learning_rate == 0.1
 
 
@@ -82,14 +90,60 @@ def test_alpha_is_what_was_given_or_twice_the_rank() -> None:
     assert (adapter.scale, adapter.resolved_alpha) == (0.5, 4)
 
 
+@pytest.mark.parametrize(
+    ("method", "alpha", "scale"),
+    [("lora", 32, 2), ("dora", 32, 2), ("lora+", 32, 2), ("rslora", 16, 4), ("pissa", 16, 1), ("loftq", 16, 1)],
+)
+def test_the_default_scale_depends_on_the_method(method: str, alpha: float, scale: float) -> None:
+    adapter = parsed(
+        adapter={"method": method, "rank": 16}, model={"storage": "nf4"} if method == "loftq" else {}
+    ).adapter
+    assert isinstance(adapter, LoraAdapter)
+    assert (adapter.resolved_alpha, adapter.scale) == (alpha, scale)
+
+
 def test_the_method_chooses_the_fields() -> None:
-    assert isinstance(parsed(adapter={"rank": 4}).adapter, LoraAdapter)
-    assert isinstance(parsed(adapter={"method": "full"}).adapter, FullTuning)
+    classes = {"lora": LoraAdapter, "rslora": LoraAdapter, "dora": LoraAdapter, "lora+": LoraPlusAdapter,
+               "pissa": PissaAdapter, "loftq": LoftqAdapter, "head": HeadAdapter, "full": FullTuning}  # fmt: skip
+    assert tuple(classes) == METHODS
+    for method, expected in classes.items():
+        nf4 = {"storage": "nf4"} if method == "loftq" else {}
+        assert type(parsed(adapter={"method": method}, model=nf4).adapter) is expected
+    assert type(parsed(adapter={"rank": 4}).adapter) is LoraAdapter
+    assert refused(adapter={"method": "lora", "svd_iterations": 4}) == (
+        "adapter.svd_iterations does not go with adapter.method = lora.",
+        "Delete one of the two lines.",
+    )
     assert refused(adapter={"method": "full", "rank": 4}) == (
         "adapter.rank does not go with adapter.method = full.",
         "Delete one of the two lines.",
     )
-    assert refused(adapter={"method": "dora"}) == ("adapter.method = dora is not a method.", "Use lora or full.")
+    assert refused(adapter={"method": "qlora"}) == (
+        "adapter.method = qlora is not a method.",
+        "Use lora, rslora, dora, lora+, pissa, loftq, head or full.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"model": {"storage": "nf4"}, "adapter": {"method": "full"}}, "quantized weights have no gradient"),
+        ({"model": {"storage": "int8"}, "adapter": {"method": "pissa"}}, "int8 has rounded"),
+        ({"adapter": {"method": "loftq"}}, "model.storage is auto"),
+        ({"model": {"storage": "int8"}, "adapter": {"method": "loftq"}}, "model.storage is int8"),
+        ({"model": {"double_quantization": False}}, "read with model.storage = nf4 only"),
+        ({"adapter": {"method": "head"}, "data": {"format": "messages"}}, "learns labels"),
+        ({"training": {"recompute": "none", "offload_activations": True}}, "training.recompute is none"),
+        ({"adapter": {"method": "dora", "precision": "bf16"}}, "does not go with adapter.method = dora"),
+        ({"adapter": {"method": "head"}, "data": {"template": "plain"}}, "data.template is not read"),
+        ({"adapter": {"method": "head"}, "training": {"recompute": "all"}}, "training.recompute is not read"),
+        ({"training": {"recompute": 0}}, "neither auto, none, all nor a number of layers"),
+        ({"training": {"recompute": "some"}}, "neither auto, none, all nor a number of layers"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_with_its_reason(sections: dict[str, Any], problem: str) -> None:
+    said, remedy = refused(**sections)
+    assert problem in said and remedy
 
 
 # ---------------------------------------------------------------------------------------------------------------- yaml
@@ -191,7 +245,7 @@ def test_overrides_are_checked_like_fields(tmp_path: Path) -> None:
         ({"adapter": {"rnak": 16}}, "adapter.rnak is not a recipe field.", "Did you mean adapter.rank?"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat is not a recipe field.", "Did you mean training.learning_rate?"),
         ({"training": {"rank": 16}}, "training.rank is not a recipe field.", "Did you mean adapter.rank?"),
-        ({"model": {"zzz": 1}}, "model.zzz is not a recipe field.", "Fields of model: base, revision, weights, compute, trust_remote_code."),
+        ({"model": {"zzz": 1}}, "model.zzz is not a recipe field.", "Fields of model: base, revision, weights, compute, storage, double_quantization, trust_remote_code."),
         ({"trainig": {"seed": 1}}, "trainig is not a recipe field.", "Did you mean training?"),
         ({"rank": 4}, "rank is not a recipe field.", "Did you mean adapter.rank?"),
         ({"zzz": {}}, "zzz is not a section.", "Sections: model, adapter, data, training, evaluation."),
@@ -206,9 +260,9 @@ def test_unknown_names_come_with_what_was_meant(sections: dict[str, Any], proble
     [
         ({"adapter": {"rank": 0}}, "adapter.rank = 0 is outside 1..1024.", "Use 16, or delete the line to get the default."),
         ({"adapter": {"dropout": 1.0}}, "adapter.dropout = 1.0 is outside 0..1 (1 excluded).", "Use 0.0, or delete the line to get the default."),
-        ({"adapter": {"alpha": 0}}, "adapter.alpha = 0 is not above 0.", "Delete the line to get the default (2 x rank)."),
+        ({"adapter": {"alpha": 0}}, "adapter.alpha = 0 is not above 0.", "Delete the line to get the default (2 x rank; rslora 16; pissa and loftq rank)."),
         ({"training": {"learning_rate": 2}}, "training.learning_rate = 2 is outside 0..1 (0 and 1 excluded).",
-         "Delete the line to get the default (2e-4 for lora, 2e-5 for full)."),
+         "Delete the line to get the default (2e-4 for lora and its relatives, 5e-5 for lora+ (of A), 1e-3 for head, 2e-5 for full)."),
         ({"training": {"batch_size": 0}}, "training.batch_size = 0 is less than 1.", "Use 16, or delete the line to get the default."),
         ({"training": {"seed": 2**32}}, "training.seed = 4294967296 is outside 0..4294967295.", "Use 0, or delete the line to get the default."),
         ({"training": {"warmup_fraction": 1.5}}, "training.warmup_fraction = 1.5 is outside 0..1.", "Use 0.05, or delete the line to get the default."),
@@ -302,7 +356,8 @@ def test_yaml_holds_the_whole_recipe(tmp_path: Path) -> None:
     assert again == recipe
     assert again.digest == recipe.digest
     whole = yaml.safe_load(recipe.to_yaml())
-    assert {f"{s}.{f}" for s, fields in whole.items() for f in fields} == set(field_paths())
+    own = {"adapter.learning_rate_ratio", "adapter.svd_iterations"}  # of other methods than lora
+    assert {f"{s}.{f}" for s, fields in whole.items() for f in fields} == set(field_paths()) - own
 
 
 def test_the_digest_is_of_the_content() -> None:

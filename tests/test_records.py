@@ -13,6 +13,8 @@ from onlay.records import (
     Checkpoint,
     Dataset,
     Finding,
+    Merge,
+    MergeCheck,
     ModelFacts,
     Record,
     Recovery,
@@ -52,7 +54,23 @@ def run(**changes: Any) -> Run:
     return Run(**(values | changes))
 
 
-EVERY = [model_facts(), dataset(), run()]
+def merge(**changes: Any) -> Merge:
+    check = MergeCheck(
+        into="quantized", split="evaluation", rows=2, tokens=9, max_logit_difference=0.09, mean_logit_difference=0.007,
+        top1_agreement=0.99, perplexity={"adapter": 3.5, "merged": 3.6, "base": 600.0}, base_mean_logit_difference=1.5,
+        proven_max_difference=0.09, proven_mean_difference=0.007, rounding_max_difference=0.1,
+        rounding_mean_difference=0.008, limit=0.016, passed=True,
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "path": "merged", "status": "merged", "base": "pocket", "base_revision": None, "method": "lora", "storage": "nf4",
+        "into": "quantized", "seconds": 1.0, "weight_bytes": 20, "changed_tensors": 1, "verification": check,
+        "candidates": {name: check.model_copy(update={"into": name}) for name in ("quantized", "original")},
+        "sources": {"run": "aa"},
+    }  # fmt: skip
+    return Merge(**(values | changes))
+
+
+EVERY = [model_facts(), dataset(), run(), merge()]
 
 
 @pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)

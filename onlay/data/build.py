@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
+from onlay.data.labels import LabelledText
 from onlay.data.read import Conversation, Document, Scan, ToolCall, Turn, read_items, scan
 from onlay.data.sources import Row
 from onlay.data.template import NOTES, ChatTemplate, Encoded
@@ -61,7 +62,7 @@ Progress = Callable[[int, int], None]
 def prepare_dataset(
     recipe: Recipe,
     scanned: Scan,
-    template: ChatTemplate,
+    template: ChatTemplate | LabelledText,
     *,
     tokenizer_digest: str,
     context_tokens: int | None,
@@ -115,6 +116,7 @@ def prepare_dataset(
             tokenizer_digest=tokenizer_digest,
             max_tokens=max_tokens,
             stop_token_ids=template.stop_token_ids,
+            labels=template.labels if isinstance(template, LabelledText) else [],
             splits=splits,
             findings=findings,
         )
@@ -311,7 +313,7 @@ def _write(
     scanned: Scan,
     evaluation_scan: Scan | None,
     held_out: np.ndarray | None,
-    template: ChatTemplate,
+    template: ChatTemplate | LabelledText,
     max_tokens: int,
     progress: Progress | None,
 ) -> tuple[dict[str, SplitFacts], list[Finding]]:
@@ -350,7 +352,7 @@ def _write(
                     f"{scanned_source.source} had {scanned_source.rows} rows when it was checked; now it has not.",
                     "Run again when nothing writes to the file.",
                 )
-    _refuse_useless(recipe, scanned, train, evaluation if evaluated else None, found, max_tokens)
+    _refuse_useless(recipe, scanned, train, evaluation if evaluated else None, template, found, max_tokens)
     splits = {"train": train.facts}
     if evaluated:
         splits["evaluation"] = evaluation.facts
@@ -381,7 +383,7 @@ def _add_example(
     row: Row,
     example: Encoded,
     recipe: Recipe,
-    template: ChatTemplate,
+    template: ChatTemplate | LabelledText,
     max_tokens: int,
     found: _Findings,
 ) -> bool:
@@ -406,7 +408,9 @@ def _add_example(
         found.add(f"overlong_{'dropped' if recipe.data.overlong == 'drop' else 'cut'}", row.place)
         if recipe.data.overlong == "drop":
             return False
-        ids, trained = ids[:max_tokens], trained[:max_tokens]
+        kept = max_tokens - example.kept_at_end
+        end = len(ids) - example.kept_at_end
+        ids, trained = ids[:kept] + ids[end:], trained[:kept] + trained[end:]
     if not any(trained):
         found.add("nothing_trained", row.place)
         return False
@@ -430,6 +434,7 @@ def _refuse_useless(
     scanned: Scan,
     train: _SplitWriter,
     evaluation: _SplitWriter | None,
+    template: ChatTemplate | LabelledText,
     found: _Findings,
     max_tokens: int,
 ) -> None:
@@ -439,7 +444,8 @@ def _refuse_useless(
             f"{scanned.source}: no token would be trained ({train.rows} rows; {dropped}; max_tokens {max_tokens}).",
             "Raise data.max_tokens, set data.overlong: cut, or check the rows' weights and the template.",
         )
-    if scanned.format != "text" and not train.has_end:
+    # Text goes on, and a label is read off, not written: neither has an end to learn.
+    if scanned.format != "text" and not isinstance(template, LabelledText) and not train.has_end:
         raise DataError(
             f"{scanned.source}: no end token would be trained, so the model would not learn to stop ({dropped}).",
             "Raise data.max_tokens, set data.overlong: drop, or choose a data.template that ends its answers.",
@@ -561,15 +567,15 @@ def open_split(dataset: Dataset, name: str) -> Split:
         return Split(folder, name, json.loads(next(lines))["place"].rsplit(":", 1)[0])
 
 
-def coloured(template: ChatTemplate, ids: Sequence[int] | np.ndarray, trained: Sequence[bool] | np.ndarray) -> Text:
+def coloured(
+    template: ChatTemplate | LabelledText, ids: Sequence[int] | np.ndarray, trained: Sequence[bool] | np.ndarray
+) -> Text:
     """The text of an example as rich Text, trained tokens coloured; nothing in the data is read as markup."""
     from rich.text import Text
 
     text = Text(no_wrap=False)
     pairs = zip((int(token) for token in ids), (bool(flag) for flag in trained), strict=True)
     for flag, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
-        shown = template.tokenizer.decode(
-            [token for token, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        shown = template.shown([token for token, _ in run], trained=flag)
         text.append(shown.replace("\x1b", "␛"), style="bold green" if flag else "dim")
     return text

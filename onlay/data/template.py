@@ -74,6 +74,8 @@ class Encoded:
     """Code of NOTES to count."""
     is_document: bool = False
     place: str = ""
+    kept_at_end: int = 0
+    """So many of the last tokens stay when the rest is cut to length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,6 +606,11 @@ class ChatTemplate:
         if not count or offsets[count - 1][1] < len(text.rstrip(" ")):
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self._fix_bos(ids, [False] * len(ids))[0]
+
+    def shown(self, ids: Sequence[int], *, trained: bool) -> str:
+        """Text of neighbouring tokens that all train or all do not; here they read the same."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
 
 def _find_source(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:

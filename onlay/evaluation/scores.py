@@ -1,8 +1,10 @@
-"""Scores of generated answers against expected ones."""
+"""Scores of generated answers, and of labels, against expected ones."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -25,3 +27,23 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except ValueError:
         return False
+
+
+def label_scores(predicted: Sequence[int], expected: Sequence[int]) -> dict[str, float]:
+    """Of one label a row: rows, accuracy, majority_accuracy and macro_f1.  Raises ValueError when empty.
+
+    `majority_accuracy` is what always saying the rows' most frequent label would reach.  `macro_f1` is the mean of
+    F1 = 2 hits / (times predicted + times expected) over the labels that are predicted or expected at all.
+    """
+    if not expected:
+        raise ValueError("no rows to score")
+    hits = Counter(right for guess, right in zip(predicted, expected, strict=True) if guess == right)
+    times, wanted = Counter(predicted), Counter(expected)
+    f1 = [2 * hits[label] / (times[label] + wanted[label]) for label in times.keys() | wanted.keys()]
+    rows = len(expected)
+    return {
+        "rows": float(rows),
+        "accuracy": sum(hits.values()) / rows,
+        "majority_accuracy": max(wanted.values()) / rows,
+        "macro_f1": math.fsum(f1) / len(f1),
+    }

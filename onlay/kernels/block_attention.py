@@ -68,38 +68,47 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        groups, shared, tokens, _ = query.shape
+        groups, shared, tokens, width = query.shape
         query, key, value = query * scale, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
-        out = query.new_empty((groups, shared, tokens, value.shape[1]))
-        above = torch.ones(BLOCK_QUERIES, BLOCK_QUERIES, dtype=torch.bool).triu_(1)
+        out = query.new_empty((groups, value.shape[1], shared, tokens))
         kept: list[Tensor] = []
         for which, start, end in _pieces(groups, shared, tokens):
             size = end - start
-            scores = torch.bmm(query[which, :, start:end].flatten(1, 2), key[which, :, :end])
-            scores.unflatten(1, (shared, size))[..., start:].masked_fill_(above[:size, :size], -torch.inf)
-            probabilities = scores.softmax(-1)
+            rows = query[which, :, start:end].reshape(-1, shared * size, width)
+            # The mask is what the product is added to: a pass over the scores less than filling them.
+            scores = torch.baddbmm(_mask(query, shared, start, end), rows, key[which, :, :end])
+            probabilities = torch.softmax(scores, -1, out=scores)
             found = torch.bmm(value[which, :, :end], probabilities.transpose(1, 2))
-            out[which, :, start:end] = found.transpose(1, 2).unflatten(1, (shared, size))
+            out[which, :, :, start:end] = found.unflatten(2, (shared, size))
             kept.append(probabilities)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
-        return out
+        return out.permute(0, 2, 3, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors  # the query holds the scale already, so dK needs none
         groups, shared, tokens, _ = query.shape
+        query, grad = query.permute(0, 3, 1, 2).contiguous(), grad.permute(0, 3, 1, 2).contiguous()
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (which, start, end), probabilities in zip(_pieces(groups, shared, tokens), kept, strict=True):
             size = end - start
-            grad_out = grad[which, :, start:end].flatten(1, 2)
-            grad_value[which, :, :end] += torch.bmm(grad_out.transpose(1, 2).contiguous(), probabilities)
+            grad_out = grad[which, ..., start:end].flatten(2)
+            grad_value[which, :, :end] += torch.bmm(grad_out, probabilities)
             grad_scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(grad_out, value[which, :, :end]), probabilities, -1, probabilities.dtype
+                torch.bmm(grad_out.transpose(1, 2), value[which, :, :end]), probabilities, -1, probabilities.dtype
             )
-            rows = query[which, :, start:end].flatten(1, 2).transpose(1, 2).contiguous()
-            grad_key[which, :, :end] += torch.bmm(rows, grad_scores)
+            grad_key[which, :, :end] += torch.bmm(query[which, ..., start:end].flatten(2), grad_scores)
             found = torch.bmm(key[which, :, :end], grad_scores.transpose(1, 2))
-            grad_query[which, :, start:end] = found.transpose(1, 2).unflatten(1, (shared, size))
-        return grad_query.mul_(ctx.scale), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None
+            grad_query[which, ..., start:end] = found.unflatten(2, (shared, size))
+        return (
+            grad_query.mul_(ctx.scale).permute(0, 2, 3, 1), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None,
+        )  # fmt: skip
+
+
+def _mask(like: Tensor, shared: int, start: int, end: int) -> Tensor:
+    """(1, R x queries, keys): minus infinity where a key of this block of queries is to the right of the query."""
+    mask = like.new_zeros((shared, end - start, end))
+    mask[..., start:] = mask.new_full((end - start, end - start), -torch.inf).triu_(1)
+    return mask.view(1, -1, end)

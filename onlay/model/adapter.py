@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onlay.errors import BaseModelError, OutputError, RecipeError
-from onlay.recipe import LoraAdapter
+from onlay.model.compatibility import check, read_adapter
+from onlay.model.initialize import Factors, Held, begin_factors, held_halves, put_loftq, put_pissa
+from onlay.model.quantize import QuantizedLinear
+from onlay.recipe import LoftqAdapter, LoraAdapter, PissaAdapter, TargetPreset
 from onlay.records import ModelFacts, write_whole
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
 
 ATTENTION_PARENT = re.compile(
     r"(^|[._])(attn|attention|self_attn|self_attention|mixer|temporal_block|mamba)([._]|$)|attention", re.I
@@ -56,8 +63,8 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
         modules: list[str] = []
         parameters: list[str] = []
         for entry in wanted:
-            found = [name for name in linears if name == entry or name.endswith("." + entry)]
-            found_experts = [name for name in experts if name == entry or name.endswith("." + entry)]
+            found = [name for name in linears if is_wanted(name, [entry])]
+            found_experts = [name for name in experts if is_wanted(name, [entry])]
             if not found and not found_experts:
                 own = sorted({_leaf(name) for name in linears} | {".".join(name.split(".")[-2:]) for name in experts})
                 raise RecipeError(
@@ -66,27 +73,29 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
             modules += found
             parameters += found_experts
         return Targets(modules=tuple(dict.fromkeys(modules)), parameters=tuple(dict.fromkeys(parameters)))
-    if wanted == "all-linear":
-        return Targets(modules=tuple(linears), parameters=tuple(experts))
-    attention = [name for name in linears if ATTENTION_PARENT.search(name.rpartition(".")[0])]
-    if wanted == "attention":
-        chosen, chosen_experts = attention, []
-    elif wanted == "mlp":
-        chosen, chosen_experts = [name for name in linears if name not in set(attention)], experts
-    elif wanted == "qv":
-        chosen = [name for name in attention if QUERY_VALUE.match(_leaf(name)) or FUSED_QKV.match(_leaf(name))]
-        chosen_experts = []
-    else:
+    if wanted not in get_args(TargetPreset):
         raise RecipeError(
             f"adapter.targets = {wanted} is not a preset.",
             "Use all-linear, attention, mlp, qv, or a list of module names such as [q_proj, v_proj].",
         )
+    chosen = [name for name in linears if is_wanted(name, wanted)]
+    chosen_experts = experts if wanted in ("all-linear", "mlp") else []
     if not chosen and not chosen_experts:
         leaves = ", ".join(sorted({_leaf(name) for name in linears}))
         raise BaseModelError(
             f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {leaves}."
         )
     return Targets(modules=tuple(chosen), parameters=tuple(chosen_experts))
+
+
+def is_wanted(name: str, wanted: str | list[str]) -> bool:
+    """Whether a preset or a list of names means the linear layer of this full name."""
+    if isinstance(wanted, list):
+        return any(name == entry or name.endswith("." + entry) for entry in wanted)
+    in_attention = bool(ATTENTION_PARENT.search(name.rpartition(".")[0]))
+    if wanted == "qv":
+        return in_attention and bool(QUERY_VALUE.match(_leaf(name)) or FUSED_QKV.match(_leaf(name)))
+    return wanted == "all-linear" or in_attention == (wanted == "attention")
 
 
 def _leaf(name: str) -> str:
@@ -118,26 +127,90 @@ def _expert_parameters(model: nn.Module) -> list[str]:
     ]
 
 
-def attach(model: nn.Module, section: LoraAdapter, *, seed: int) -> tuple[PeftModel, list[str]]:
-    """Puts a fresh adapter on a frozen base: A (R, I) Kaiming-uniform, B (O, R) zero, so the first output is the base's.
+def attach(
+    model: nn.Module,
+    section: LoraAdapter,
+    *,
+    seed: int,
+    factors: Mapping[str, Factors] | None = None,
+    resumed: bool = False,
+) -> tuple[PeftModel, list[str]]:
+    """Puts a fresh adapter of the section's method on a frozen base.
 
-    Adapter weights are float32 over a 16-bit base, else the base's dtype.  Returns the adapted model and the names of the
-    modules that a preset wanted but that cannot be adapted: PEFT rewrites the names of some mixture-of-experts bases, and
-    Mamba's layers read some weights without calling their module.
+    A (R, I) begins Kaiming-uniform and B (O, R) zero, so the first output is the base's.  DoRA also trains a magnitude
+    (O,), which begins as the norm of each row of W.  PiSSA's A and B have twice the rank, of which
+    `held_parts` must be held still (see onlay/model/initialize.py); LoftQ's begin with `factors`, by the name
+    of each quantized module.  `resumed` leaves out what those two compute,
+    because a checkpoint's weights will take its place.
+    A and B have the section's precision (fp32: at least that, a float64 base has float64 ones); a magnitude is float32,
+    as an update would be lost in 16 bits of it.
+    Returns the adapted model and the names of the modules that a preset wanted but that cannot be adapted: PEFT rewrites
+    the names of some mixture-of-experts bases, and Mamba's layers read some weights without calling their module.
     Raises RecipeError or BaseModelError.
     """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from peft import get_peft_model
 
     targets = find_targets(model, section.targets)
+    _refuse(model, section, targets)
+    unused = [name for name in _linear_names(model) if section.targets == "all-linear" and _cannot_adapt(model, name)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, _peft_config(model, section, targets))  # type: ignore[arg-type]
+    adapted.train()
+    have = {name.removeprefix(PREFIX) for name in adapted_modules(adapted)}
+    left_out = unused + [name for name in targets.modules if name not in have]
+    if left_out and isinstance(section.targets, list):
+        raise BaseModelError(
+            f"adapter.targets: {left_out[0]} cannot be adapted in this base: PEFT reads its name as the fused experts'.",
+            "Leave it out of adapter.targets.",
+        )
+    _set_precision(adapted, section)
+    _begin(adapted, section, seed=seed, factors=factors, resumed=resumed)
+    return adapted, left_out  # type: ignore[return-value]
+
+
+def _refuse(model: nn.Module, section: LoraAdapter, targets: Targets) -> None:
+    """What a method cannot do on this base.  Raises RecipeError."""
+    beside = "target attention alone: adapter.targets = attention."
     if targets.parameters and section.dropout:
         raise RecipeError(
             f"adapter.dropout = {section.dropout} cannot be used on this base's fused experts ({targets.parameters[0]}).",
-            "Set adapter.dropout to 0, or target attention alone: adapter.targets = attention.",
+            f"Set adapter.dropout to 0, or {beside}",
         )
-    config = LoraConfig(
-        r=section.rank,
-        lora_alpha=section.resolved_alpha,  # type: ignore[arg-type]
+    if targets.parameters and section.method in ("dora", "pissa", "loftq"):
+        why = {
+            "dora": "PEFT has no DoRA for weights of three dimensions",
+            "pissa": "the SVD of each expert would begin an adapter of its own",
+            "loftq": "they are not stored as layers that NF4 rounds one by one",
+        }[section.method]
+        raise RecipeError(
+            f"adapter.method = {section.method} cannot be used on this base's fused experts ({targets.parameters[0]}): {why}.",
+            f"Use adapter.method = lora, or {beside}",
+        )
+    if section.method == "dora" and section.precision == "bf16":
+        raise RecipeError(
+            "adapter.precision = bf16 cannot be used with adapter.method = dora: it rounds the norms it divides by.",
+            "Set adapter.precision to fp32, or adapter.method to lora.",
+        )
+    if isinstance(section, PissaAdapter):
+        for name in targets.modules:
+            if not model.get_parameter(f"{name}.weight").is_floating_point():
+                raise RecipeError(
+                    f"adapter.method = pissa takes its adapter out of the base's own weights, and {name} is quantized.",
+                    "Set model.storage to bf16; or adapter.method to loftq, which makes up for the rounding of nf4.",
+                )
+
+
+def _peft_config(model: nn.Module, section: LoraAdapter, targets: Targets) -> LoraConfig:
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    halves = 2 if isinstance(section, PissaAdapter) else 1
+    return LoraConfig(
+        r=halves * section.rank,
+        lora_alpha=halves * section.resolved_alpha,  # type: ignore[arg-type]
+        use_rslora=section.method == "rslora",
+        use_dora=section.method == "dora",
         lora_dropout=section.dropout,
         bias=section.bias,
         target_modules=_shortest_names(model, targets.modules),
@@ -145,19 +218,69 @@ def attach(model: nn.Module, section: LoraAdapter, *, seed: int) -> tuple[PeftMo
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules),
     )
-    unused = [name for name in _linear_names(model) if section.targets == "all-linear" and _cannot_adapt(model, name)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
-    adapted.train()
-    have = {name.removeprefix("base_model.model.") for name in adapted_modules(adapted)}
-    left_out = unused + [name for name in targets.modules if name not in have]
-    if left_out and isinstance(section.targets, list):
-        raise BaseModelError(
-            f"adapter.targets: {left_out[0]} cannot be adapted in this base: PEFT reads its name as the fused experts'.",
-            "Leave it out of adapter.targets.",
-        )
-    return adapted, left_out  # type: ignore[return-value]
+
+
+def _set_precision(adapted: nn.Module, section: LoraAdapter) -> None:
+    for module in adapted_modules(adapted).values():
+        for part, weight in module.items():
+            if section.precision == "bf16" and part != "magnitude":
+                weight.data = weight.data.to(torch.bfloat16)
+            elif weight.dtype != torch.float64:
+                weight.data = weight.data.to(torch.float32)
+
+
+def _begin(
+    adapted: nn.Module, section: LoraAdapter, *, seed: int, factors: Mapping[str, Factors] | None, resumed: bool
+) -> None:
+    """The first weights of the methods that do not begin as plain LoRA does."""
+    if resumed:
+        return
+    for name, module in adapted_modules(adapted).items():
+        plain = name.removeprefix(PREFIX)
+        if isinstance(section, PissaAdapter):
+            first = begin_factors(
+                _weight(adapted, name), rank=section.rank, scale=section.scale, iterations=section.svd_iterations, seed=seed, name=plain
+            )  # fmt: skip
+            put_pissa(module["A"], module["B"], first)
+        elif isinstance(section, LoftqAdapter):
+            if factors is not None and plain in factors:
+                put_loftq(module["A"], module["B"], factors[plain])
+            elif not factors or isinstance(_base_layer(adapted, name), QuantizedLinear):
+                raise RecipeError(
+                    f"adapter.method = loftq makes up for the rounding of nf4, which is not known for {plain}.",
+                    "Set model.storage to nf4, or adapter.method to lora.",
+                )
+            # What stays in 16 bits has nothing to make up for, and begins as plain LoRA does.
+        elif section.method == "dora":
+            # PEFT's own start is rounded to the base's precision; the first output would not be the base's.
+            norm = torch.linalg.vector_norm(_weight(adapted, name).to(module["magnitude"].dtype), dim=1)
+            module["magnitude"].data.copy_(norm)
+
+
+def _base_layer(adapted: nn.Module, name: str) -> nn.Module:
+    from peft.tuners.lora import Linear
+
+    layer = adapted.get_submodule(name)
+    assert isinstance(layer, Linear)
+    return layer.get_base_layer()
+
+
+def _weight(adapted: nn.Module, name: str) -> Tensor:
+    """W (O, I) of the layer under an adapter, as it is used."""
+    base = _base_layer(adapted, name)
+    if isinstance(base, QuantizedLinear):
+        return base.dequantize()
+    weight = base.get_parameter("weight").detach()
+    return weight if isinstance(base, nn.Linear) else weight.t()  # Conv1D is one transposed.
+
+
+def held_parts(adapted: nn.Module, section: LoraAdapter) -> Held:
+    """What `onlay.training.optimizer.hold` is to keep as it is now: PiSSA's second halves; of other methods nothing."""
+    held: dict[nn.Parameter, tuple[tuple[slice, ...], Tensor]] = {}
+    if isinstance(section, PissaAdapter):
+        for module in adapted_modules(adapted).values():
+            held |= held_halves(module["A"], module["B"])
+    return held
 
 
 def _shortest_names(model: nn.Module, modules: tuple[str, ...]) -> list[str]:
@@ -192,33 +315,56 @@ def base_identity(facts: ModelFacts) -> dict[str, Any]:
         "base_revision": facts.revision,
         "base_weight_fingerprint": facts.weight_fingerprint,
         "base_architecture": facts.architecture,
+        "base_num_layers": facts.num_layers,
+        "base_vocabulary_size": facts.vocabulary_size,
     }
 
 
-def load_adapter(model: nn.Module, folder: Path, *, facts: ModelFacts) -> PeftModel:
-    """Puts a saved adapter on its base, for use.  Raises OutputError when it is not there or was trained on another base."""
-    from peft import PeftModel
+def load_adapter(model: nn.Module, folder: Path, *, facts: ModelFacts, storage: str | None = None) -> PeftModel:
+    """Puts a saved adapter on its base, for use.
 
-    if not (folder / "adapter_config.json").is_file():
-        raise OutputError(f"{folder} holds no adapter.", "Finish the run first: onlay train --resume RUN.")
-    notes = folder / "onlay.json"
-    if notes.is_file():
-        trained_on = json.loads(notes.read_text(encoding="utf-8"))
-        if trained_on["base_weight_fingerprint"] != facts.weight_fingerprint:
+    Raises OutputError when it is not there, and BaseModelError when it was trained on another base or a weight of it has
+    no place in this one.  `storage` is how the base is kept; None does not look at that.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check(folder, facts, storage=storage)
+    adapter = read_adapter(folder)
+    modules = dict(model.named_modules())
+    for name, (outputs, inputs) in adapter.shapes.items():
+        found = _sizes(modules.get(name))
+        if found != (outputs, inputs):
+            here = "has no such layer" if found is None else f"has {found[0]:,} x {found[1]:,}"
             raise BaseModelError(
-                f"{folder} was trained on {trained_on['base']} with other weights than {facts.path}.",
-                f"Use the base at revision {trained_on['base_revision']}, or train again on this one.",
+                f"{folder} does not fit {facts.path}: {name} is {outputs:,} x {inputs:,} (outputs x inputs) in its base, this one {here}.",
+                adapter.remedy,
             )
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    # PEFT makes what the file does not hold anew, and leaves out what the model has no place for; of fused experts it
+    # may have rewritten the names.
+    here = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    odd = sorted(key for key in here ^ set(adapter.tensors) if ".experts." not in key)
+    if odd:
+        side = "is not in the adapter" if odd[0] in here else "has no place in this base"
+        raise BaseModelError(f"{folder} does not fit {facts.path}: {odd[0]} {side}.", adapter.remedy)
     adapted.eval()
     return adapted
 
 
+def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
+    """Outputs and inputs of a linear layer; None of what is no such layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+
+
 def adapted_modules(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Name of each adapted module to its trainable A and B: {"...q_proj": {"A": (R, I), "B": (O, R)}}."""
-    pairs: dict[str, dict[str, nn.Parameter]] = {}
+    """Each adapted module's trainable parts: {"...q_proj": {"A": (R, I), "B": (O, R)}}, and "magnitude" (O,) with DoRA."""
+    parts: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        match = re.match(r"(.*)\.lora_([AB])\.[^.]+\.weight$", name)
+        match = re.match(r"(.*)\.lora_(?:([AB])|magnitude_vector)\.[^.]+\.weight$", name)
         if match and parameter.requires_grad:
-            pairs.setdefault(match[1], {})[match[2]] = parameter
-    return pairs
+            parts.setdefault(match[1], {})[match[2] or "magnitude"] = parameter
+    return parts

@@ -125,11 +125,12 @@ def block_attention(
             key.reshape(rows * groups, tokens, width),
             value.reshape(rows * groups, tokens, value.shape[-1]),
             scale,
-        ).view(rows, heads, tokens, value.shape[-1])
-    else:
-        out = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups
         )
+        # (B x G, R, T, D) -> (B, T, H, D) by one copy
+        return out.unflatten(0, (rows, groups)).permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, -1), None
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

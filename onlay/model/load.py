@@ -5,13 +5,18 @@ torch and transformers are imported inside the functions: importing this file co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay.errors import BaseModelError
 from onlay.hardware import Hardware, quick_import
+from onlay.model.storage import NOT_QUANTIZED, choose_storage, describe_placement, needs_spreading
+from onlay.model.weight_files import read_tensors
 from onlay.recipe import ModelSection
 from onlay.records import ModelFacts
 
@@ -19,6 +24,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from onlay.model.quantize import OnQuantized
+
+Progress = Callable[[int, int], None]
 
 _HARMLESS_EXTRAS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias")
 """Endings of buffers that old checkpoints hold and that today's code computes."""
@@ -35,8 +44,13 @@ class Base:
     model: PreTrainedModel
     compute_dtype: torch.dtype
     weight_dtype: torch.dtype
+    """Of what is not quantized."""
     attention: str
     """transformers' name of the attention implementation in use."""
+    storage: str = NOT_QUANTIZED
+    """bf16 (not quantized), nf4 or int8."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """For the Run.  storage: why this one; storage_16_bit: what is not quantized; placement: where parts went, if spread."""
 
 
 def choose_compute(section: ModelSection, hardware: Hardware) -> str:
@@ -57,57 +71,162 @@ def load_base(
     device: str | torch.device | None = None,
     seed: int = 0,
     trains_weights: bool = False,
+    needs_16_bit: bool = False,
+    progress: Progress | None = None,
+    on_quantized: OnQuantized | None = None,
+    spread: bool = False,
 ) -> Base:
     """The base of `facts`, read from its local folder straight onto `device` (default: the first GPU, else the CPU).
 
     `attention` is a transformers name (sdpa, eager, ...); None lets transformers pick.  With `weights: random` the
     weights are drawn from `seed` in fp32, on the CPU, so that every device starts from the same ones.  Weights that
-    will themselves be trained are kept in fp32: 16 bits lose small updates.
-    Raises BaseModelError when weights and architecture do not belong together.
+    will themselves be trained are kept in fp32: 16 bits lose small updates.  With `needs_16_bit`, `storage: auto` never
+    quantizes.
+    `progress(done_bytes, total_bytes)` follows the reading.  `on_quantized(name, weight, module)` is called for each layer
+    that was quantized while its weight (O, I), on the device, in the compute dtype, is still there.
+    `spread`, for bases that nothing is trained on: one too large for the first GPU is spread over all GPUs and the host.
+    Raises BaseModelError when weights and architecture do not belong together or memory is too small, SetupError when
+    bitsandbytes is missing for nf4.
     """
     with quick_import():
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM  # Its annotations miss output_loading_info.
+    # PEFT will import it; on some CPUs it warns about an optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choose_compute(section, hardware)]
     place = torch.device(device) if device is not None else torch.device("cuda:0" if hardware.has_cuda else "cpu")
-    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
-    if attention is not None:
-        options["attn_implementation"] = attention
+    storage, reason = choose_storage(
+        facts, section, hardware, trains_weights=trains_weights, needs_16_bit=needs_16_bit
+    )  # fmt: skip
+    spread = spread and device is None and needs_spreading(facts, section, storage, hardware)
+    job = _Job(
+        facts=facts, section=section, attention=attention, storage=storage, place=place, spread=spread,
+        readers=hardware.cpu_cores, progress=progress, on_quantized=on_quantized,
+    )  # fmt: skip
     try:
         # Most of the modeling code is imported by the first call.
         with quick_import(), quiet_transformers():
             if section.weights == "random":
-                weights = torch.float32
-                config = AutoConfig.from_pretrained(
-                    facts.path, local_files_only=True, trust_remote_code=section.trust_remote_code
-                )
+                storage, reason, weights = NOT_QUANTIZED, "random weights are trained", torch.float32
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    model = auto.from_config(config, dtype=weights, **options).to(place)
+                    model = _empty(job, weights).to(place)
             else:
                 weights = torch.float32 if trains_weights else compute
-                if place.type != "cpu":
-                    options["device_map"] = {"": place}
-                model, info = auto.from_pretrained(
-                    facts.path,
-                    dtype=weights,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    # Reported below, by name, instead of in a table on the screen.
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **options,
-                )
-                _check_loading(facts, info)
+                model = _read(job, weights)
+    except torch.OutOfMemoryError:
+        raise BaseModelError(
+            f"{facts.name} does not fit into the memory of {place} (model.storage = {storage}).",
+            "Set model.storage to nf4, free the GPU's memory, or name a smaller base.",
+        ) from None
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(f"{facts.name} cannot be loaded: {first}", _remedy(error, attention)) from None
     _freeze(model)
+    notes = {"storage": f"{storage}: {reason}"}
+    if storage != NOT_QUANTIZED:
+        notes["storage_16_bit"] = _describe_rest(model)
+    if spread:
+        # Set where it went to several places.
+        notes["placement"] = describe_placement(vars(model).get("hf_device_map", {"": str(model.device)}))
     return Base(
-        model=model, compute_dtype=compute, weight_dtype=weights, attention=str(model.config._attn_implementation)
-    )
+        model=model, compute_dtype=compute, weight_dtype=weights, storage=storage, notes=notes,
+        attention=str(model.config._attn_implementation),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    facts: ModelFacts
+    section: ModelSection
+    attention: str | None
+    storage: str
+    place: torch.device
+    spread: bool
+    readers: int
+    progress: Progress | None
+    on_quantized: OnQuantized | None
+
+
+def _empty(job: _Job, dtype: torch.dtype) -> Any:
+    """The model with new weights: on the meta device, inside `torch.device("meta")`, it costs nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust, path = job.section.trust_remote_code, job.facts.path
+    options: dict[str, Any] = {} if job.attention is None else {"attn_implementation": job.attention}
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **options)
+
+
+def _read(job: _Job, dtype: torch.dtype) -> Any:
+    """The model with its weights from the files, packed as they arrive where they are to be quantized."""
+    import torch
+    from transformers import GenerationConfig
+
+    from onlay.model.hf_quantizer import quantizable, storage_config
+    from onlay.model.stream import TensorStream, reading_order
+
+    with torch.device("meta"):
+        skeleton = _empty(job, dtype)
+    options: dict[str, Any] = {}
+    if job.spread:
+        options["device_map"] = "auto"
+    elif job.place.type != "cpu":
+        options["device_map"] = {"": job.place}
+    packing = None
+    if job.storage != NOT_QUANTIZED:
+        if not quantizable(skeleton):
+            raise BaseModelError(
+                f"{job.facts.name} has no linear layer that can be quantized (model.storage = {job.storage}).",
+                "Set model.storage to bf16.",
+            )
+        packing = options["quantization_config"] = storage_config(
+            job.storage, double_quantization=job.section.double_quantization, on_quantized=job.on_quantized
+        )
+    folder = Path(job.facts.path)
+    tensors = reading_order(read_tensors(folder, job.facts.name), by_target=packing is not None)
+    onto = torch.device("cpu") if job.spread else job.place
+    with TensorStream(tensors, onto, readers=job.readers, progress=job.progress) as stream:
+        try:
+            model, info = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=stream.tickets(),
+                dtype=dtype,
+                # Reported below, by name, instead of in a table on the screen.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+        finally:
+            if packing is not None and packing.error is not None:
+                raise packing.error
+    if packing is not None:
+        info["mismatched_keys"] = {*info["mismatched_keys"], *packing.mismatched}
+    _check_loading(job.facts, info)
+    # What transformers sets when it opens the folder itself.
+    model.config.name_or_path = model.name_or_path = job.facts.path
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def _describe_rest(model: nn.Module) -> str:
+    """What is not quantized, by kind, with its share of all weights."""
+    from onlay.model.quantize import QuantizedLinear
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    packed = sum(layer.in_features * layer.out_features for layer in layers.values())
+    kinds: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in layers or parameter.ndim < 2:
+            continue
+        leaf = name if parameter.ndim > 2 else owner
+        kind = re.sub(r"\.\d+\.", ".*.", leaf)
+        kinds[kind] = kinds.get(kind, 0) + parameter.numel()
+    every = packed + sum(kinds.values())
+    return ", ".join(f"{kind} ({count / every:.1%} of the weights)" for kind, count in kinds.items())
 
 
 def _remedy(error: Exception, attention: str | None) -> str:
@@ -162,20 +281,22 @@ def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports while loading; what matters in them is raised by `load_base`."""
     from transformers.utils import logging as untyped
 
-    logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    reports: Any = untyped
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        reports.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            reports.enable_progress_bar()
 
 
 def weight_checksums(model: nn.Module) -> dict[str, int]:
-    """One exact number for each frozen parameter, computed where it lies: equal before and after, or it changed.
+    """One exact number for each frozen weight, computed where it lies: equal before and after, or it changed.
+
+    Of quantized layers it covers the packed numbers and their scales.
 
     With the weights' bits read as integers e_i: sum(e_i) in the upper 64 bits and sum((i + 1) e_i) in the lower ones,
     both modulo 2**64.  A flipped bit changes the first, two swapped values change the second.
@@ -185,13 +306,23 @@ def weight_checksums(model: nn.Module) -> dict[str, int]:
     names: list[str] = []
     sums: list[Tensor] = []
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                names.append(name)
-                sums.append(_sums(parameter.detach()))
+        for name, tensor in _frozen_tensors(model):
+            names.append(name)
+            sums.append(_sums(tensor.detach()))
         # Copied to the host together: one wait for the device, not one for each parameter.
         values = torch.stack([pair.to(sums[0].device) for pair in sums]).tolist() if sums else []
     return {name: (plain % 2**64 << 64) + placed % 2**64 for name, (plain, placed) in zip(names, values, strict=True)}
+
+
+def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    from onlay.model.quantize import QuantizedLinear
+
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield from module.named_buffers(prefix=name)
 
 
 def _sums(weight: Tensor) -> Tensor:

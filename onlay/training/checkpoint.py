@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from onlay.errors import OutputError
+from onlay.training.optimizer import load_optimizer_state, optimizer_state
 
 NAME = re.compile(r"step-(\d{7})$")
 UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
@@ -65,7 +66,7 @@ class Checkpoints:
             self._sweep()
             temporary.mkdir(parents=True)
             save_file(weights, temporary / "weights.safetensors")
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            torch.save(optimizer_state(optimizer), temporary / "optimizer.pt")
             if snapshots:
                 torch.save(list(snapshots), temporary / "snapshots.pt")
             (temporary / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
@@ -105,11 +106,12 @@ class Checkpoints:
                 f"{folder} does not fit this run: {odd} is on one side only.",
                 "Was the recipe in the run folder edited?",
             )
+        if optimizer is not None:
+            assert state is not None
+            load_optimizer_state(optimizer, state, where=str(folder))
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(weights[name])
-        if optimizer is not None:
-            optimizer.load_state_dict(state)  # type: ignore[arg-type]
         return progress
 
     def load_snapshots(self, step: int) -> list[dict[str, Any]]:

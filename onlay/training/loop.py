@@ -5,7 +5,8 @@ So several devices, differential privacy or many adapters at once bring their ow
 
 The gradient of a step does not depend on how the step is cut into micro-batches, because the loss is the sum over all
 trained tokens divided by their number in the whole step, over all devices.  That makes recovery cheap: when memory runs
-out the cut is made finer and the same step is repeated, with the same examples and the same gradient.
+out the cut is made finer and the same step is repeated, with the same examples and the same gradient; and when it cannot be
+made finer, layers compute their activations again instead of keeping them, which does not change the gradient either.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class Progress:
     seconds: float = 0.0
     broken_updates: list[int] = field(default_factory=list)
     """Steps at which memory ran out in the optimizer."""
+    recompute_layers: int = 0
+    """Layers that compute their activations again in the backward pass."""
     metrics_bytes: int = 0
     """Length of the metrics log: what stands behind is of work that was lost."""
     watch: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +102,14 @@ class StepReport:
     memory_bytes: int
 
 
+class TokenLoss(Protocol):
+    note: str
+    """How it is computed, in words, for the Run."""
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, /) -> Tensor:
+        """Sum of nats over the trained tokens of a micro-batch, a scalar that can be differentiated."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """The parts of a run."""
@@ -110,14 +121,16 @@ class Task:
     total_steps: int
     learning_rate: Callable[[int], float]
     """Step (1 is the first) to the planned rate."""
-    loss: Callable[[nn.Module, MicroBatch], Tensor]
-    """Sum of nats over the trained tokens of a micro-batch, a scalar that can be differentiated."""
+    loss: TokenLoss
     finish_gradient: Callable[[float], float]
     """Given the loss scale: sums gradients over devices, takes the scale out, clips; returns the norm before clipping."""
     validate: Callable[[int], float] | None
     """Given a token budget: nats per trained token on held-out rows."""
     after_update: Callable[[Progress], None]
     """Called after every update, for the proofs."""
+    save_memory: Callable[[Progress], str | None]
+    """Asked when nothing else helps: does what saves memory for more work, notes it in `progress` and says it in words;
+    None when nothing is left.  The gradient stays the same."""
     interrupted: Callable[[], bool]
     report: Callable[[StepReport | Recovery | str], None]
     devices: Devices
@@ -232,14 +245,15 @@ def _gradient(task: Task, progress: Progress, step: int) -> float:
             (loss * (progress.loss_scale / total)).backward()
             nats.add_(loss.detach().double())
 
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
         task.optimizer.zero_grad(set_to_none=True)
         # The step's own randomness (dropout), whatever happened before it.
         torch.manual_seed((task.seed * 1_000_003 + step) * 1_009 + task.devices.rank)
         nats.zero_()
         if _fits(task, work):
             break
-        _cut_finer_for_step(task, progress, step, attempt)
+        attempt = _cut_finer_for_step(task, progress, step, attempt + 1)
     return task.devices.sum(float(nats)) / total
 
 
@@ -262,8 +276,7 @@ def _finished_gradient(task: Task, progress: Progress, step: int) -> tuple[float
         if not math.isfinite(loss):
             return loss, math.nan
         if not _fits(task, work):
-            attempt += 1
-            _cut_finer_for_step(task, progress, step, attempt)
+            attempt = _cut_finer_for_step(task, progress, step, attempt + 1)
         elif math.isfinite(norm):
             return loss, norm
         elif progress.loss_scale > LEAST_LOSS_SCALE:
@@ -280,7 +293,7 @@ def _finished_gradient(task: Task, progress: Progress, step: int) -> tuple[float
 def _update(task: Task, rate: float) -> bool:
     """One optimizer step; False when memory ran out in it on any device (weights may then be half updated)."""
     for group in task.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_ratio"]
 
     def work() -> None:
         task.optimizer.step()
@@ -318,6 +331,7 @@ def _evaluate(task: Task, progress: Progress) -> float:
             again="the evaluation",
             tokens=progress.budget_tokens,
             attempt=attempt,
+            save_memory=lambda _progress: None,  # What it saves is kept for a backward pass, and here is none.
         )
     if task.metrics is not None:
         task.metrics.write("evaluation", progress.step, loss=loss)
@@ -351,8 +365,8 @@ def _fits(task: Task, work: Callable[[], None]) -> bool:
     return not task.devices.largest(int(out_of_memory))
 
 
-def _cut_finer_for_step(task: Task, progress: Progress, step: int, attempt: int) -> None:
-    _cut_finer(
+def _cut_finer_for_step(task: Task, progress: Progress, step: int, attempt: int) -> int:
+    return _cut_finer(
         task,
         progress,
         step,
@@ -361,13 +375,16 @@ def _cut_finer_for_step(task: Task, progress: Progress, step: int, attempt: int)
         again="the same step",
         tokens=task.batches.tokens(step),
         attempt=attempt,
+        save_memory=task.save_memory,
     )
 
 
 def _cut_finer(
-    task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int, attempt: int, again: str
-) -> None:
-    """Frees memory and halves the token budget, down to the longest example; a few times more it is only freed."""
+    task: Task, progress: Progress, step: int, detail: str, *, longest: int, tokens: int, attempt: int, again: str,
+    save_memory: Callable[[Progress], str | None],
+) -> int:  # fmt: skip
+    """Frees memory and halves the token budget, down to the longest example; a few times more it is only freed; then
+    memory is saved for more work.  Returns how many of the attempts count from now on."""
     task.optimizer.zero_grad(set_to_none=True)
     _free_memory()
     before = progress.budget_tokens
@@ -376,9 +393,12 @@ def _cut_finer(
         action = f"micro-batches of at most {progress.budget_tokens} tokens instead of {before}; {again} is repeated"
     elif attempt <= MAX_REPEATS:
         action = f"memory was freed; {again} is repeated"
+    elif (saved := save_memory(progress)) is not None:
+        action, attempt = f"{saved}; {again} is repeated", 0
     else:
         raise _out_of_memory_error(step, f"one example of {longest} tokens")
     _record(task, progress, step, "out_of_memory", detail, action)
+    return attempt
 
 
 def _recover(task: Task, progress: Progress, step: int, reason: str, detail: str, *, bad_steps: list[int]) -> None:
@@ -476,7 +496,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory_error(step: int, what: str) -> TrainingError:
     return TrainingError(
         f"Memory ran out at step {step} even for {what}.",
-        "Lower data.max_tokens or adapter.rank, or use a smaller base; then start again.",
+        "Lower data.max_tokens or adapter.rank, set training.recompute to all or model.storage to nf4, or use a smaller base.",
     )
 
 

@@ -1,16 +1,19 @@
 """What every run proves about itself: the adapter moved where tokens went, is finite, and the base did not change.
 
 B starts at zero, so the first update moves B and leaves A (its gradient is a product with B); the second moves A too.
+DoRA's magnitudes may be so large that the first steps of a long warm-up are lost in rounding: they must have moved by
+then, or have a gradient.  What a method holds where it began, as PiSSA does with half of its adapter, must not move.
 A module that received tokens and did not move means a cut graph, a frozen weight or a silent no-op, all of which have
 happened to peers without an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onlay.errors import ProofError
 from onlay.model.adapter import adapted_modules
@@ -42,15 +45,18 @@ class MovementProof:
         if not self._before:
             return None
         if not self._pairs:  # full tuning: every weight with a gradient must have moved at once
-            stuck = [
-                n
-                for n, p in self._trainable.items()
-                if p.grad is not None and bool(p.grad.any()) and not self._moved(p)
-            ]
+            stuck = [n for n, p in self._trainable.items() if _has_gradient(p) and not self._moved(p)]
             return self._finish("weights", len(self._trainable), stuck, [])
         part = "B" if updates == 1 else "A"
         idle = [name for name in self._pairs if name not in self._received]
-        stuck = [name for name in self._pairs if name in self._received and not self._moved(self._pairs[name][part])]
+        received = {name: parts for name, parts in self._pairs.items() if name in self._received}
+        stuck = [name for name, parts in received.items() if not self._moved(parts[part])]
+        if updates == 2:
+            stuck += [
+                name
+                for name, parts in received.items()
+                if "magnitude" in parts and not (self._moved(parts["magnitude"]) or _has_gradient(parts["magnitude"]))
+            ]
         if updates == 1:
             if stuck:
                 self._finish("modules", len(self._pairs), stuck, idle)
@@ -72,6 +78,10 @@ class MovementProof:
         return {f"moved_{what}": count - len(idle), f"{what}_without_tokens": idle}
 
 
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
 def prove_finite(trainable: dict[str, nn.Parameter]) -> bool:
     """True; raises ProofError naming a weight with a value that is not finite."""
     for name, parameter in trainable.items():
@@ -79,6 +89,21 @@ def prove_finite(trainable: dict[str, nn.Parameter]) -> bool:
             raise ProofError(
                 f"{name} holds values that are not finite.", "Lower training.learning_rate and train again."
             )
+    return True
+
+
+def prove_held(
+    trainable: Mapping[str, nn.Parameter], held: Mapping[nn.Parameter, tuple[tuple[slice, ...], Tensor]]
+) -> bool:
+    """True; raises ProofError naming a weight of which the part that was to stay has changed by a bit."""
+    for name, parameter in trainable.items():
+        if parameter in held:
+            part, value = held[parameter]
+            if not torch.equal(parameter.detach()[part], value):
+                raise ProofError(
+                    f"{name} changed in the half that PiSSA holds where it began.",
+                    "The adapter does not stand for what was trained: do not use it; report this.",
+                )
     return True
 
 

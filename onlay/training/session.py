@@ -23,19 +23,24 @@ from torch import nn
 
 from onlay import __version__
 from onlay.errors import OnlayError, OutputError, TrainingError
-from onlay.model.adapter import attach, save_adapter
+from onlay.model.adapter import attach, held_parts, save_adapter
 from onlay.model.attention import Layout, choose_layout, use_attention
+from onlay.model.fuse import fuse, unfuse
+from onlay.model.head import ClassificationHead, attach_head, save_head
+from onlay.model.initialize import Held, LoftqFactors
 from onlay.model.load import Base, quiet_transformers, weight_checksums
-from onlay.recipe import FullTuning, LoraAdapter, Recipe
+from onlay.model.recompute import Recompute
+from onlay.recipe import FullTuning, HeadAdapter, LoftqAdapter, LoraAdapter, PissaAdapter, Recipe
 from onlay.records import Checkpoint, Dataset, ModelFacts, Recovery, Run
 from onlay.training.batches import Batches, Examples
 from onlay.training.checkpoint import Checkpoints
 from onlay.training.devices import Devices
+from onlay.training.head_loss import HeadLoss, predict
 from onlay.training.loop import FIRST_LOSS_SCALE, Progress, StepReport, Task, peak_memory_bytes, run_loop
-from onlay.training.loss import make_loss
+from onlay.training.loss import Loss, make_loss
 from onlay.training.metrics_log import MetricsLog, read_metrics
-from onlay.training.optimizer import learning_rate_at, make_optimizer
-from onlay.training.proofs import MovementProof, prove_finite, prove_unchanged
+from onlay.training.optimizer import gradient_norm, hold, learning_rate_at, make_optimizer, needs_gpu
+from onlay.training.proofs import MovementProof, prove_finite, prove_held, prove_unchanged
 from onlay.training.watch import Snapshots, Watch
 
 if TYPE_CHECKING:
@@ -73,6 +78,10 @@ class Parts:
     base_weight_digest: Callable[[], str | None]
     """Asked at the end of the run; the digest is computed beside it."""
     save_tokenizer: Callable[[Path], None]
+    label_scores: Callable[[Sequence[int], Sequence[int]], dict[str, float]] | None = None
+    """onlay.evaluation.scores.label_scores, of a head's predictions; the other methods need none."""
+    loftq: LoftqFactors | None = None
+    """What a LoftQ adapter begins with, made while the base was quantized; None where a checkpoint's weights follow."""
 
 
 def train_adapter(parts: Parts, *, resume: bool) -> Run:
@@ -82,29 +91,39 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     """
     recipe, devices, base = parts.recipe, parts.devices, parts.base
     started = Run.load(parts.folder).started if resume else datetime.now(UTC).isoformat(timespec="seconds")
-    checksums = weight_checksums(base.model) if recipe.adapter.method == "lora" else {}
-    model, left_out = _make_trainable(parts)
+    checksums = weight_checksums(base.model) if recipe.adapter.method != "full" else {}
+    checkpoints = Checkpoints(parts.folder / "checkpoints", keep=recipe.training.keep_checkpoints)
+    model, left_out = _make_trainable(parts, resumed=resume and bool(checkpoints.steps()))
     layout = choose_layout(
         base.model, packing=recipe.training.packing, device=devices.device, compute_dtype=base.compute_dtype
     )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(trainable, weight_decay=recipe.training.weight_decay)
-    checkpoints = Checkpoints(parts.folder / "checkpoints", keep=recipe.training.keep_checkpoints)
+    if isinstance(recipe.adapter, PissaAdapter | LoftqAdapter):
+        _share(trainable, devices)
+    optimizer = make_optimizer(trainable, recipe)
     progress = _first_progress(parts) if not resume else _resumed(parts, checkpoints, trainable, optimizer)
+    held = held_parts(model, recipe.adapter) if isinstance(recipe.adapter, LoraAdapter) else {}
+    hold(optimizer, held)
+    if parts.loftq is not None:
+        progress.proofs["loftq"] = parts.loftq.errors()
     movement = MovementProof(model, trainable, done="movement" in progress.proofs)
     metrics = _open_metrics(parts, keep_bytes=progress.metrics_bytes)
-    fast_paths = {"layout": layout.reason, "attention": layout.attention, "cross_entropy": "at trained tokens only"}
+    fast_paths = {"layout": layout.reason, "attention": layout.attention} | base.notes
+    if ordinary := fuse(model):
+        fast_paths["ordinary_adapters"] = "; ".join(f"{reason}: {layers}" for reason, layers in ordinary.items())
     if left_out:
         fast_paths["left_out"] = (
             f"all-linear leaves these out, since an adapter on them would not be used: {', '.join(left_out)}"
         )
-    task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement)
+    recompute = _recompute(parts, progress)
+    task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement, recompute)
+    fast_paths["cross_entropy"] = task.loss.note
     task.snapshots.load(checkpoints.load_snapshots(progress.step))
     run = Run(
         sources={"recipe": recipe.digest, "model": parts.facts.digest, "dataset": parts.dataset.digest},
         path=str(parts.folder), method=recipe.adapter.method, status="running", started=started, seconds=progress.seconds, steps=progress.step,
         total_steps=task.total_steps, examples=len(parts.train_examples), trained_tokens=progress.trained_tokens,
-        trainable_parameters=sum(p.numel() for p in trainable.values()), fast_paths=fast_paths, environment=environment(devices),
+        trainable_parameters=sum(p.numel() for p in trainable.values()) - sum(value.numel() for _, value in held.values()), fast_paths=fast_paths, environment=environment(devices),
     )  # fmt: skip
     if devices.is_main:
         run.save(parts.folder)
@@ -113,12 +132,13 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     try:
         with _interruptible() as interrupted:
             task_status = run_loop(_with(task, interrupted=interrupted), progress)
-        run = _outcome(parts, run, progress, task, status=task_status)
+        run = _outcome(parts, run, progress, task, recompute, status=task_status)
         if task_status != "interrupted":
-            run = _finish(parts, run, model, layout, trainable, checkpoints, progress, checksums)
+            run = _finish(parts, run, model, layout, trainable, checkpoints, progress, checksums, held)
+            recompute.switch_off()
     except OnlayError as error:
         # Kept in the record; the error goes on to the user.
-        failed = _outcome(parts, run, progress, task, status="failed")
+        failed = _outcome(parts, run, progress, task, recompute, status="failed")
         with suppress(OutputError):  # On a full disk not even this: what could not be written first is what to tell.
             _save_run(parts, failed.model_copy(update={"error": error.problem}))
         raise
@@ -131,14 +151,24 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     return run
 
 
-def _make_trainable(parts: Parts) -> tuple[nn.Module, list[str]]:
+def _make_trainable(parts: Parts, *, resumed: bool) -> tuple[nn.Module, list[str]]:
     section = parts.recipe.adapter
     if isinstance(section, LoraAdapter):
-        return attach(parts.base.model, section, seed=parts.recipe.training.seed)
+        factors = parts.loftq.factors if parts.loftq is not None else None
+        return attach(parts.base.model, section, seed=parts.recipe.training.seed, factors=factors, resumed=resumed)
+    if isinstance(section, HeadAdapter):
+        return attach_head(parts.base.model, parts.dataset.labels), []
     assert isinstance(section, FullTuning)
     parts.base.model.requires_grad_(True)
     parts.base.model.train()
     return parts.base.model, []
+
+
+def _share(trainable: dict[str, nn.Parameter], devices: Devices) -> None:
+    """The first rank's first weights on every rank: a decomposition need not round alike on all devices."""
+    if devices.world > 1:
+        for parameter in trainable.values():
+            torch.distributed.broadcast(parameter.data, src=0)
 
 
 def _first_progress(parts: Parts) -> Progress:
@@ -146,6 +176,23 @@ def _first_progress(parts: Parts) -> Progress:
         budget_tokens=parts.recipe.training.micro_batch_tokens or default_budget_tokens(parts.devices.device),
         loss_scale=FIRST_LOSS_SCALE if parts.base.compute_dtype == torch.float16 else 1.0,
     )
+
+
+def _recompute(parts: Parts, progress: Progress) -> Recompute:
+    """As the recipe says, or as the run has come to do.  A head's body keeps no activation: there is nothing to save."""
+    training = parts.recipe.training
+    recompute = Recompute(parts.base.model, offload=training.offload_activations)
+    if isinstance(parts.recipe.adapter, HeadAdapter):
+        recompute.layers.clear()
+        return recompute
+    if training.offload_activations and parts.devices.device.type != "cuda":
+        raise needs_gpu("offload_activations", "it moves activations from its memory to the host's")
+    # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
+    all_layers = training.recompute == "all" or (training.recompute == "auto" and training.offload_activations)
+    if progress.recompute_layers or all_layers or isinstance(training.recompute, int):
+        recompute.switch_on(training.recompute if isinstance(training.recompute, int) else None)
+        progress.recompute_layers = recompute.count
+    return recompute
 
 
 def default_budget_tokens(device: torch.device) -> int:
@@ -185,6 +232,18 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _arrangement(
+    parts: Parts, layout: Layout
+) -> tuple[Callable[[Sequence[int], int], list[list[int]]], Callable[[list[Any]], MicroBatch]]:
+    """How this run groups examples, given lengths and a token budget, and lays a group out."""
+    piece_tokens = CPU_PIECE_TOKENS if parts.devices.device.type == "cpu" else None
+
+    def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+        return parts.plan(lengths, budget_tokens=budget, packed=layout.packed, piece_tokens=piece_tokens)
+
+    return plan, partial(parts.collate, packed=layout.packed, pad_token_id=parts.pad_token_id)
+
+
 def _make_task(
     parts: Parts,
     model: nn.Module,
@@ -194,20 +253,19 @@ def _make_task(
     checkpoints: Checkpoints,
     metrics: MetricsLog | None,
     movement: MovementProof,
+    recompute: Recompute,
 ) -> Task:
     training, evaluation, devices = parts.recipe.training, parts.recipe.evaluation, parts.devices
 
-    piece_tokens = CPU_PIECE_TOKENS if devices.device.type == "cpu" else None
-
-    def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-        return parts.plan(lengths, budget_tokens=budget, packed=layout.packed, piece_tokens=piece_tokens)
-
-    collate = partial(parts.collate, packed=layout.packed, pad_token_id=parts.pad_token_id)
+    plan, collate = _arrangement(parts, layout)
     make_batches = partial(
         Batches, plan=plan, collate=collate, seed=training.seed, rank=devices.rank, world=devices.world
     )
     batches = make_batches(parts.train_examples, batch_size=training.batch_size)
-    loss = make_loss(model, layout, device=devices.device, compute_dtype=parts.base.compute_dtype)
+    if isinstance(model, ClassificationHead):
+        loss: Loss | HeadLoss = HeadLoss(parts.base.model, layout, device=devices.device)
+    else:
+        loss = make_loss(model, layout, device=devices.device, compute_dtype=parts.base.compute_dtype)
     held_out = parts.held_out_examples
     chosen: np.ndarray = np.empty(0, dtype=np.int64)
     if held_out is not None:
@@ -225,7 +283,7 @@ def _make_task(
         gradients = [p.grad for p in parameters if p.grad is not None]
         if loss_scale != 1.0:
             torch._foreach_div_(gradients, loss_scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(gradients)
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, training.max_grad_norm, norm)
         return float(norm)
@@ -234,6 +292,13 @@ def _make_task(
         results = movement.observe(progress.updates)
         if results is not None:
             progress.proofs["movement"] = results
+
+    def save_memory(progress: Progress) -> str | None:
+        if training.recompute != "auto" or recompute.count or not recompute.layers:
+            return None
+        recompute.switch_on()
+        progress.recompute_layers = recompute.count
+        return f"{recompute.note} compute their activations again in the backward pass from now on"
 
     watch = Watch(batch_size=training.batch_size)
     total_steps = training.max_steps or batches.steps_for(training.epochs)
@@ -245,7 +310,7 @@ def _make_task(
         model=model, trainable=trainable, optimizer=optimizer, batches=batches, total_steps=total_steps,
         learning_rate=partial(learning_rate_at, peak=parts.recipe.learning_rate, total_steps=total_steps, section=training),
         loss=loss, finish_gradient=finish_gradient, validate=validate if held_out is not None else None,
-        after_update=after_update, interrupted=lambda: False, report=parts.report, devices=devices, watch=watch,
+        after_update=after_update, save_memory=save_memory, interrupted=lambda: False, report=parts.report, devices=devices, watch=watch,
         snapshots=Snapshots(every_steps=max(watch.lag_steps, min(MOST_SNAPSHOT_STEPS, state_bytes // SNAPSHOT_BYTES_A_STEP))),
         checkpoints=checkpoints, metrics=metrics, seed=training.seed, checkpoint_steps=checkpoint_steps,
         evaluation_steps=evaluation.every_steps or _evaluation_steps(total_steps, train_tokens, held_out_tokens), patience=evaluation.patience,
@@ -313,7 +378,7 @@ def _interruptible() -> Any:
             signal.signal(number, handler)
 
 
-def _outcome(parts: Parts, run: Run, progress: Progress, task: Task, *, status: str) -> Run:
+def _outcome(parts: Parts, run: Run, progress: Progress, task: Task, recompute: Recompute, *, status: str) -> Run:
     events = read_metrics(parts.folder / "metrics.jsonl")
     of_step = {e["step"]: e["loss"] for e in events if e["event"] == "step" and e["step"] not in progress.skipped_steps}
     losses = [of_step[step] for step in sorted(of_step)]
@@ -326,7 +391,7 @@ def _outcome(parts: Parts, run: Run, progress: Progress, task: Task, *, status: 
         "recoveries": [Recovery(**r) for r in progress.recoveries], "proofs": dict(progress.proofs),
         "checkpoints": [Checkpoint(step=s, path=str(task.checkpoints.path_of(s))) for s in task.checkpoints.steps()],
         "peak_memory_bytes": peak_memory_bytes(parts.devices.device),
-        "fast_paths": run.fast_paths | {"micro_batch_tokens": str(progress.budget_tokens)}
+        "fast_paths": run.fast_paths | {"micro_batch_tokens": str(progress.budget_tokens), "recompute": recompute.note}
         | ({"stopped_early": f"no better held-out loss for {task.patience} evaluations"} if status == "stopped_early" else {}),
     })  # fmt: skip
 
@@ -340,6 +405,7 @@ def _finish(
     checkpoints: Checkpoints,
     progress: Progress,
     checksums: dict[str, int],
+    held: Held,
 ) -> Run:
     """Selects the weights, proves them and writes adapter/ (or model/ for full tuning)."""
     selected, loss = progress.step, progress.last_evaluation
@@ -351,19 +417,36 @@ def _finish(
     if "movement" not in proofs and progress.updates >= 2:
         raise TrainingError("The run did not prove that its adapter moved.", "Report this with the run folder.")
     proofs["finite"] = prove_finite(trainable)
+    if held:
+        proofs["held_still"] = prove_held(trainable, held)
     if checksums:
         proofs["base_unchanged"] = prove_unchanged(
-            _frozen(checksums, trainable), _frozen(weight_checksums(model), trainable)
+            _frozen(checksums, trainable), _frozen(weight_checksums(parts.base.model), trainable)
         )
     digest = parts.base_weight_digest()
     run = run.model_copy(update={
         "proofs": proofs, "selected_step": selected, "evaluation_loss": loss, "base_weight_digest": digest,
+        "scores": _label_scores(parts, model, layout, progress.budget_tokens),
     })  # fmt: skip
     if parts.devices.is_main:
         _export(parts, run, model)
+    unfuse(model)
     use_attention(parts.base.model, parts.base.attention)
     parts.devices.wait()
     return run
+
+
+def _label_scores(parts: Parts, model: nn.Module, layout: Layout, budget_tokens: int) -> dict[str, float]:
+    """A head's scores on all held-out rows.  Each rank scores all of them: the body is fast and nothing need be gathered."""
+    if not isinstance(model, ClassificationHead) or parts.held_out_examples is None:
+        return {}
+    assert parts.label_scores is not None
+    plan, collate = _arrangement(parts, layout)
+    predicted, expected = predict(
+        model, parts.held_out_examples, loss=HeadLoss(parts.base.model, layout, device=parts.devices.device),
+        plan=lambda lengths: plan(lengths, budget_tokens), collate=collate,
+    )  # fmt: skip
+    return parts.label_scores(predicted, expected)
 
 
 def _frozen(checksums: dict[str, int], trainable: dict[str, nn.Parameter]) -> dict[str, int]:
@@ -377,13 +460,17 @@ def _frozen(checksums: dict[str, int], trainable: dict[str, nn.Parameter]) -> di
 
 
 def _export(parts: Parts, run: Run, model: nn.Module) -> None:
-    lora = parts.recipe.adapter.method == "lora"
-    final = parts.folder / ("adapter" if lora else "model")
+    final = parts.folder / parts.recipe.adapter.artefact
     temporary = final.with_name(f".{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if lora:
-            extra = {"run": parts.folder.name, "step": run.selected_step, "base_weight_digest": run.base_weight_digest}
+        extra = {"run": parts.folder.name, "step": run.selected_step, "base_weight_digest": run.base_weight_digest}
+        if isinstance(model, ClassificationHead):
+            labels, storage = parts.dataset.labels, parts.base.storage
+            save_head(model, temporary, facts=parts.facts, labels=labels, storage=storage, extra=extra)
+        elif isinstance(parts.recipe.adapter, LoraAdapter):
+            double = parts.recipe.model.double_quantization
+            extra |= {"method": run.method, "storage": parts.base.storage, "double_quantization": double}
             save_adapter(model, temporary, facts=parts.facts, extra=extra)  # type: ignore[arg-type]
         else:
             weights = model.to(torch.bfloat16) if parts.base.compute_dtype == torch.bfloat16 else model

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onlay.training.optimizer import load_optimizer_state, optimizer_state
+
 WINDOW_STEPS = 32
 MIN_HISTORY_STEPS = 8
 SPIKE_SIGMAS = 6.0
@@ -161,7 +163,7 @@ class Snapshots:
         if not all(bool(torch.isfinite(p).all()) for p in trainable.values()):
             return
         weights = {name: p.detach().to("cpu", copy=True) for name, p in trainable.items()}
-        snapshot = Snapshot(step, weights, _copied(optimizer.state_dict()), state)
+        snapshot = Snapshot(step, weights, _copied(optimizer_state(optimizer)), state)
         self._kept = [s for s in self._kept if s.step < step][-(self.KEEP - 1) :] + [snapshot]
 
     def before(self, step: int) -> Snapshot | None:
@@ -191,7 +193,7 @@ def restore(snapshot: Snapshot, *, trainable: dict[str, nn.Parameter], optimizer
         for name, parameter in trainable.items():
             parameter.copy_(snapshot.weights[name])
     # Copied again: the optimizer updates what it is given in place, and a snapshot may be needed twice.
-    optimizer.load_state_dict(_copied(snapshot.optimizer))
+    load_optimizer_state(optimizer, _copied(snapshot.optimizer), where=f"the good state of step {snapshot.step}")
 
 
 def _copied(value: Any) -> Any:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from onlay.evaluation.scores import exact_match, valid_json
+from onlay.evaluation.scores import exact_match, label_scores, valid_json
 
 
 def test_exact_match_is_the_share_of_equal_answers() -> None:
@@ -29,3 +29,15 @@ def test_unequal_or_no_rows_are_errors() -> None:
         exact_match(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="longer"):
         valid_json(["a"], ["{}", "[]"])
+
+
+def test_label_scores() -> None:
+    scores = label_scores([0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 2])
+    # Label 0: 2 of 4 said, 3 asked; 1: 1 of 2 said, 2 asked; 2: never said.
+    assert scores == {"rows": 6.0, "accuracy": 0.5, "majority_accuracy": 0.5, "macro_f1": (4 / 7 + 1 / 2 + 0) / 3}
+    assert label_scores([1, 1], [1, 1]) == {"rows": 2.0, "accuracy": 1.0, "majority_accuracy": 1.0, "macro_f1": 1.0}
+    assert label_scores([3], [1])["macro_f1"] == 0.0
+    with pytest.raises(ValueError, match="no rows"):
+        label_scores([], [])
+    with pytest.raises(ValueError, match="shorter"):
+        label_scores([1, 1], [1])

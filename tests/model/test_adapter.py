@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from onlay.errors import BaseModelError, OutputError, RecipeError
 from onlay.model.adapter import adapted_modules, attach, find_targets, load_adapter, save_adapter
 from onlay.model.facts import read_facts
-from onlay.recipe import LoraAdapter, ModelSection
+from onlay.model.quantize import QuantizedLinear
+from onlay.recipe import LoftqAdapter, LoraAdapter, LoraPlusAdapter, ModelSection, PissaAdapter
 from onlay.records import ModelFacts
 from tests.builders import ARCHITECTURES, VOCABULARY, save_tiny_base, shake, tiny_model
 
@@ -237,6 +239,133 @@ def test_biases_train_as_asked_and_come_back(bias: str, tmp_path: Path) -> None:
     assert torch.allclose(logits_of(plain), expected, rtol=0, atol=1e-6)
 
 
+# ----------------------------------------------------------------------------------------------------------- methods
+
+METHODS: dict[str, type[LoraAdapter]] = {
+    "lora": LoraAdapter, "rslora": LoraAdapter, "dora": LoraAdapter, "lora+": LoraPlusAdapter, "pissa": PissaAdapter,
+    "loftq": LoftqAdapter,
+}  # fmt: skip
+
+
+def section_of(method: str, **fields: Any) -> LoraAdapter:
+    return METHODS[method](**{"method": method, "rank": 4, **fields})
+
+
+def attached(method: str, base: str | nn.Module = "llama", **fields: Any) -> Any:
+    model = tiny_model(base) if isinstance(base, str) else base
+    return attach(model, section_of(method, **fields), seed=0, resumed=method == "loftq")[0]
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((method, "llama") for method in METHODS), *((method, "mixtral") for method in ("lora", "rslora", "lora+"))],
+)
+def test_the_update_is_scaled_as_the_section_says(method: str, name: str, alpha: float | None) -> None:
+    section = section_of(method, alpha=alpha)
+    model = attached(method, name, alpha=alpha)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers
+    for layer in layers:
+        assert layer.scaling["default"] == section.scale
+    expected = {"rslora": 16.0 / 2, "pissa": 1.0, "loftq": 1.0} if alpha is None else {"rslora": 3.0}
+    assert section.scale == expected.get(method, 2.0 if alpha is None else 1.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_config_of_each_method_is_plain_peft(method: str) -> None:
+    config = attached(method).peft_config["default"]
+    assert config.use_rslora == (method == "rslora")
+    assert config.use_dora == (method == "dora")
+    assert config.init_lora_weights is True
+    assert config.r == (8 if method == "pissa" else 4)
+
+
+def test_lora_plus_begins_and_is_saved_as_lora() -> None:
+    plain, plus = (adapted_modules(attached(method)) for method in ("lora", "lora+"))
+    assert all(torch.equal(plain[name]["A"], plus[name]["A"]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon_h1"])
+def test_dora_begins_as_the_base_and_its_magnitude_is_the_norm_of_each_row(name: str, dtype: torch.dtype) -> None:
+    base = tiny_model(name, dtype=dtype)
+    weights = {
+        full: module.weight.detach() for full, module in base.named_modules() if "weight" in vars(module)["_parameters"]
+    }
+    expected = logits_of(base)
+    model = attached("dora", base)
+    for full, parts in adapted_modules(model).items():
+        weight = weights[full.removeprefix("base_model.model.")].float()
+        rows = weight if isinstance(model.get_submodule(full).get_base_layer(), nn.Linear) else weight.t()
+        assert torch.equal(parts["magnitude"], torch.linalg.vector_norm(rows, dim=1))
+        assert parts["magnitude"].dtype == torch.float32
+    # Twice the rounding of adding nothing: (m / |W| - 1) is zero to one rounding of float32.
+    assert float((logits_of(model) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_dora_on_a_quantized_layer_trains_all_its_parts() -> None:
+    base = tiny_model("llama")
+    for full in find_targets(base, "all-linear").modules:
+        base.set_submodule(full, QuantizedLinear.from_linear(base.get_submodule(full), storage="nf4"))  # type: ignore[arg-type]
+    expected = logits_of(base)
+    model = attached("dora", base)
+    assert float((logits_of(model) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    shake(model, scale=0.3)
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    for parts in adapted_modules(model).values():
+        assert set(parts) == {"A", "B", "magnitude"}
+        assert all(p.grad is not None and bool(p.grad.any()) for p in parts.values())
+
+
+def test_dora_is_refused_on_fused_experts_and_in_16_bits() -> None:
+    with pytest.raises(
+        RecipeError, match=r"dora cannot be used on this base's fused experts \(model\.layers\.0.*three dim"
+    ):
+        attached("dora", "mixtral")
+    attached("dora", "mixtral", targets="attention")
+    with pytest.raises(RecipeError, match=r"precision = bf16 cannot be used with adapter\.method = dora"):
+        attached("dora", precision="bf16")
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "lora+", "pissa", "loftq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_precision_is_that_of_the_section_whatever_the_bases(method: str, dtype: torch.dtype) -> None:
+    for precision, wanted in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = attached(method, tiny_model("llama", dtype=dtype), precision=precision)
+        assert {part.dtype for parts in adapted_modules(model).values() for part in parts.values()} == {wanted}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+        shake(model)
+        assert logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_on_fused_experts(precision: str) -> None:
+    model = attached("lora", tiny_model("mixtral", dtype=torch.bfloat16), precision=precision)
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert {part.dtype for parts in adapted_modules(model).values() for part in parts.values()} == {wanted}
+    shake(model)
+    assert logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"), [(method, "fp32") for method in METHODS] + [(m, "bf16") for m in METHODS if m != "dora"]
+)
+def test_every_method_comes_back_in_plain_peft(method: str, precision: str, tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    model = attached(method, AutoModelForCausalLM.from_pretrained(base).requires_grad_(False), precision=precision)
+    shake(model)
+    facts = facts_of(base)
+    save_adapter(model, tmp_path / "adapter", facts=facts, extra={})
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    expected = logits_of(model if precision == "fp32" else model.float())  # PEFT reads 16-bit adapters into 32.
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    assert torch.equal(logits_of(plain), expected)
+    ours = load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", facts=facts)
+    assert torch.equal(logits_of(ours), expected)
+
+
 # ----------------------------------------------------------------------------------------------------- save and load
 
 
@@ -278,7 +407,7 @@ def test_what_is_saved_is_a_plain_peft_adapter(tmp_path: Path) -> None:
     notes = json.loads((folder / "onlay.json").read_text())
     assert notes == {
         "base": str(base), "base_revision": None, "base_weight_fingerprint": facts.weight_fingerprint,
-        "base_architecture": "LlamaForCausalLM", "step": 3,
+        "base_architecture": "LlamaForCausalLM", "base_num_layers": 2, "base_vocabulary_size": VOCABULARY, "step": 3,
     }  # fmt: skip
 
 

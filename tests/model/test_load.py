@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onlay.errors import BaseModelError
-from onlay.hardware import Device, Hardware
+from onlay.errors import BaseModelError, SetupError
+from onlay.hardware import Device, Hardware, find_hardware
+from onlay.kernels import nf4
 from onlay.model import load
 from onlay.model.facts import read_facts
 from onlay.model.load import Base, choose_compute, load_base, weight_checksums
+from onlay.model.quantize import QuantizedLinear, round_trip
 from onlay.recipe import ModelSection
+from tests.builders import save_tiny_base
 
 CPU = Hardware(devices=[], cpu_cores=2, host_memory_bytes=2**33, platform="test")
 
@@ -145,6 +150,127 @@ def test_an_attention_that_there_is_not_is_two_lines(made: Path) -> None:
     with pytest.raises(BaseModelError, match="cannot be loaded") as caught:
         load_from(made, attention="flash_attention_2")
     assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("storage", ["auto", "bf16", "nf4", "int8"])
+def test_progress_and_notes_of_every_storage(made: Path, storage: str) -> None:
+    told: list[tuple[int, int]] = []
+    asked = section(made, storage=storage)
+    base = load_base(read_facts(asked), asked, CPU, progress=lambda done, total: told.append((done, total)))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in load_file(made / "model.safetensors").values())
+    assert told[-1] == (stored, stored)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert base.storage == {"auto": "bf16"}.get(storage, storage)
+    assert base.notes["storage"].startswith(f"{base.storage}: ")
+    assert ("storage_16_bit" in base.notes) == (storage in ("nf4", "int8"))
+    assert "placement" not in base.notes
+    kept = {str(parameter.dtype) for parameter in base.model.parameters()}
+    assert kept == {"torch.float32"} | {"nf4": {"torch.uint8"}, "int8": {"torch.int8"}}.get(storage, set())
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_shards_are_read_like_a_single_file(tmp_path: Path, storage: str) -> None:
+    make_base(tmp_path / "one", tied=False)
+    base = load_from(tmp_path / "one", storage=storage)
+    whole = load_from(tmp_path / "one").model
+    whole.save_pretrained(tmp_path / "many", max_shard_size="4KB")
+    (tmp_path / "many" / "tokenizer.json").write_text("{}")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    again = load_from(tmp_path / "many", storage=storage)
+    expected = base.model.state_dict()
+    assert again.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_the_files_own_generation_settings_are_kept(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_k": 7}')
+    settings = load_from(tmp_path / "base").model.generation_config
+    assert settings is not None
+    assert settings.eos_token_id == [3, 5]
+    assert settings.top_k == 7
+    assert load_from(made).model.generation_config is not None
+
+
+def test_code_that_comes_with_the_base_runs_when_it_is_trusted(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base--own"  # Two dashes, as in the hub's cache.
+    shutil.copytree(made, folder)
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'onlay_own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "onlay_own", "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    for storage in ("bf16", "int8"):
+        loaded = load_from(folder, trust_remote_code=True, storage=storage).model
+        assert type(loaded).__name__ == "OwnForCausalLM"
+        assert torch.equal(loaded.lm_head.weight, load_from(made).model.lm_head.weight)
+
+
+def test_nf4_without_bitsandbytes_says_what_to_install(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nf4.bitsandbytes_kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SetupError, match=r"onlay\[quantized\]"):
+        load_from(made, storage="nf4")
+    assert load_from(made, storage="int8").storage == "int8"
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_a_base_too_large_for_one_gpu_is_spread(made: Path, monkeypatch: pytest.MonkeyPatch, storage: str) -> None:
+    """Here there is one place only, but it is transformers that finds that out."""
+    asked = section(made, storage=storage)
+    alone = load_base(read_facts(asked), asked, CPU, spread=True)
+    assert "placement" not in alone.notes
+    monkeypatch.setattr(load, "needs_spreading", lambda *_: True)
+    spread = load_base(read_facts(asked), asked, CPU, spread=True)
+    assert spread.notes["placement"] == "everything on cpu"
+    ids = torch.arange(8)[None]
+    assert torch.equal(spread.model(input_ids=ids).logits, alone.model(input_ids=ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8"])
+def test_a_base_spread_over_gpu_and_host_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    from transformers.integrations import accelerate
+
+    save_tiny_base(tmp_path, num_hidden_layers=6)
+    asked = section(tmp_path, storage=storage, compute="fp32")
+    here = find_hardware()
+    alone = load_base(read_facts(asked), asked, here)
+    room = {"bf16": 300_000, "nf4": 120_000, "int8": 140_000}[storage]
+    monkeypatch.setattr(load, "needs_spreading", lambda *_: True)
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda *_: {0: room, "cpu": 2**33})
+    spread = load_base(read_facts(asked), asked, here, spread=True)
+    assert "on cuda:0" in spread.notes["placement"]
+    assert "on cpu" in spread.notes["placement"]
+    ids = torch.arange(8, device="cuda")[None]
+    found, expected = spread.model(input_ids=ids).logits, alone.model(input_ids=ids).logits
+    assert float((found - expected).norm()) <= torch.finfo(torch.float32).eps ** 0.5 * float(expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8"])
+def test_a_gpu_holds_what_the_files_hold(tmp_path: Path, storage: str) -> None:
+    save_tiny_base(tmp_path)
+    asked = section(tmp_path, storage=storage)
+    base = load_base(read_facts(asked), asked, find_hardware())
+    assert {tensor.device.type for tensor in (*base.model.parameters(), *base.model.buffers())} == {"cuda"}
+    for name, stored in load_file(tmp_path / "model.safetensors").items():
+        module = base.model.get_submodule(name.rpartition(".")[0])
+        weight = stored.to("cuda", base.weight_dtype)
+        if isinstance(module, QuantizedLinear):
+            assert torch.equal(module.dequantize(), round_trip(weight, storage=storage))
+        else:
+            assert torch.equal(base.model.state_dict()[name], weight)
 
 
 def test_importing_the_file_imports_nothing_heavy() -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from onlay import stages
 from onlay.errors import ProofError
-from onlay.model.adapter import adapted_modules, attach
+from onlay.model.adapter import adapted_modules, attach, held_parts
 from onlay.model.load import weight_checksums
-from onlay.recipe import LoraAdapter
+from onlay.recipe import LoftqAdapter, LoraAdapter, LoraPlusAdapter, PissaAdapter
 from onlay.records import Run
 from onlay.training import session
 from onlay.training.loop import StepReport
 from onlay.training.optimizer import make_optimizer
-from onlay.training.proofs import MovementProof, prove_finite, prove_unchanged
+from onlay.training.proofs import MovementProof, prove_finite, prove_held, prove_unchanged
 from tests.builders import recipe_for, save_tiny_base, tiny_model, write_rows
 
 IDS = torch.arange(12)[None]
@@ -36,7 +36,7 @@ def two_updates(
     """What the proof says after each of two optimizer steps."""
     trainable = trainable_of(model)
     proof = MovementProof(model, trainable, done=False)
-    optimizer = make_optimizer(trainable, weight_decay=0.0)
+    optimizer = make_optimizer(trainable, recipe_for("base", "rows.jsonl"))
     for group in optimizer.param_groups:
         group["lr"] = rate
     results = []
@@ -50,6 +50,12 @@ def two_updates(
 
 def adapted(name: str = "llama", **fields: Any) -> Any:
     return attach(tiny_model(name), LoraAdapter(rank=2, **fields), seed=0)[0]
+
+
+def of_method(method: str) -> Any:
+    kinds: dict[str, type[LoraAdapter]] = {"lora+": LoraPlusAdapter, "pissa": PissaAdapter, "loftq": LoftqAdapter}
+    section = kinds.get(method, LoraAdapter)(method=method, rank=2)  # type: ignore[arg-type]
+    return attach(tiny_model("llama"), section, seed=0, resumed=method == "loftq")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- movement
@@ -80,6 +86,42 @@ def test_a_weight_that_a_hook_holds_is_named(part: str, updates: int) -> None:
         with pytest.raises(ProofError, match=rf"1 of 14 adapted modules received tokens but did not move: {name}\."):
             two_updates(model)
     assert seen == list(range(1, updates + 1))
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora", "lora+", "pissa", "loftq"])
+def test_every_module_moves_with_every_method(method: str) -> None:
+    assert two_updates(of_method(method)) == [None, {"moved_modules": 14, "modules_without_tokens": []}]
+
+
+def test_a_magnitude_without_a_gradient_is_named() -> None:
+    model = of_method("dora")
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    adapted_modules(model)[name]["magnitude"].register_hook(torch.zeros_like)
+    with pytest.raises(ProofError, match=rf"1 of 14 adapted modules received tokens but did not move: {name}\."):
+        two_updates(model)
+
+
+def test_a_magnitude_too_large_for_the_first_steps_of_a_warm_up_is_no_error() -> None:
+    """A step of 1e-9 is below half a spacing of float32 at the norm of a row; A and B have values near zero."""
+    model = of_method("dora")
+    before = {name: parts["magnitude"].clone() for name, parts in adapted_modules(model).items()}
+    assert two_updates(model, rate=1e-9)[1] == {"moved_modules": 14, "modules_without_tokens": []}
+    assert any(torch.equal(parts["magnitude"], before[name]) for name, parts in adapted_modules(model).items())
+
+
+def test_what_is_held_must_not_move_by_a_bit() -> None:
+    model = of_method("pissa")
+    trainable = trainable_of(model)
+    held = held_parts(model, PissaAdapter(method="pissa", rank=2))
+    assert len(held) == len(trainable) == 28
+    assert prove_held(trainable, held)
+    name = next(name for name in trainable if "lora_B" in name)
+    with torch.no_grad():
+        trainable[name][0, 0] += 1.0
+        assert prove_held(trainable, held)
+        trainable[name].view(torch.int32)[0, -1] ^= 1
+    with pytest.raises(ProofError, match=rf"{name} changed in the half that PiSSA holds"):
+        prove_held(trainable, held)
 
 
 def test_a_cut_graph_is_found() -> None:
@@ -210,6 +252,31 @@ def test_a_run_records_its_proofs(train: Callable[..., Run], bias: str) -> None:
     }  # fmt: skip
     assert run.fast_paths["layout"].startswith("rows padded by length buckets")
     assert Run.load(Path(run.path)).proofs == run.proofs
+
+
+def test_pissa_also_proves_what_it_held_and_counts_what_it_trains(train: Callable[..., Run]) -> None:
+    run = train(adapter={"method": "pissa", "rank": 4})
+    assert run.status == "finished"
+    assert run.proofs == {
+        "movement": {"moved_modules": 14, "modules_without_tokens": []}, "finite": True, "held_still": True,
+        "base_unchanged": True,
+    }  # fmt: skip
+    assert run.method == "pissa"
+    assert run.trainable_parameters == sum(
+        parameter.numel()
+        for parameter in trainable_of(attach(tiny_model("llama"), LoraAdapter(rank=4), seed=0)[0]).values()
+    )
+
+
+def move_held(model: Any) -> None:
+    with torch.no_grad():
+        adapted_modules(model)["base_model.model.model.layers.0.self_attn.q_proj"]["A"][-1, 0] += 1.0
+
+
+def test_a_held_half_that_is_moved_is_found(train: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(ProofError, match=r"q_proj\.lora_A\.default\.weight changed in the half that PiSSA holds"):
+        train(move_held, at=4, adapter={"method": "pissa", "rank": 4})
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_full_tuning_records_its_proofs(train: Callable[..., Run]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onlay.errors import TrainingError
+from onlay.errors import RecipeError, TrainingError
 from onlay.records import Run
 from onlay.training import session
 from onlay.training.loop import StepReport, Task, is_out_of_memory
@@ -215,6 +215,87 @@ def test_memory_that_never_suffices_ends_in_an_error_with_remedies(workshop: Wor
     run = Run.load(workshop.folder / "run")
     assert (run.status, run.error) == ("failed", caught.value.problem)
     assert 3 <= len(run.recoveries) <= 12
+
+
+def too_small_to_keep_activations(places: set[str]) -> Change:
+    """As a device on which an example fits only where layers are recomputed.  `places` gets where memory ran out."""
+
+    def change(task: Task) -> Task:
+        layers: Any = task.model.get_base_model().model.layers  # type: ignore[operator]
+        loss, finish = task.loss, task.finish_gradient
+
+        def runs_out() -> bool:
+            return not any("forward" in vars(layer) for layer in layers)
+
+        def limited(model: Any, batch: Any) -> Tensor:
+            result = loss(model, batch)
+            if torch.is_grad_enabled() and "backward" in places and runs_out():
+                return failing_backward(result, OUT_OF_MEMORY["torch"]())
+            return result
+
+        def finished(scale: float) -> float:
+            if "clipping" in places and runs_out():
+                raise OUT_OF_MEMORY["driver"]()
+            return finish(scale)
+
+        return replace(task, loss=limited, finish_gradient=finished)
+
+    return change
+
+
+@pytest.mark.parametrize("place", ["backward", "clipping"])
+def test_layers_are_recomputed_when_nothing_else_helps(workshop: Workshop, place: str) -> None:
+    recipe = workshop.recipe(training={"micro_batch_tokens": 8, "max_steps": 6})  # one example at a time
+    whole = workshop.train("whole", recipe)
+    run = workshop.train("run", recipe, change=too_small_to_keep_activations({place}))
+    assert_told(workshop, "run", run, "out_of_memory")
+    # It is freed three times first, and after that never again.
+    assert len(run.recoveries) == 4
+    assert {recovery.step for recovery in run.recoveries} == {1}
+    assert run.recoveries[-1].action == (
+        "all 2 layers compute their activations again in the backward pass from now on; the same step is repeated"
+    )
+    assert workshop.losses("run") == workshop.losses("whole")
+    weights, others = workshop.weights("run"), workshop.weights("whole")
+    assert all(torch.equal(weights[key], others[key]) for key in others)
+    assert (whole.fast_paths["recompute"], run.fast_paths["recompute"]) == ("no layer", "all 2 layers")
+    assert workshop.progress("run")["recompute_layers"] == 2
+
+
+def test_a_resumed_run_goes_on_recomputing(workshop: Workshop) -> None:
+    recipe = workshop.recipe(training={"micro_batch_tokens": 8, "max_steps": 6})
+    small = too_small_to_keep_activations({"backward"})
+    whole = workshop.train("whole", recipe, change=small)
+    stop = Countdown(4)
+    stopped = workshop.train("run", recipe, change=lambda task: replace(small(task), interrupted=stop))
+    assert (stopped.status, stopped.fast_paths["recompute"]) == ("interrupted", "all 2 layers")
+    run = workshop.train("run", recipe, change=small, resume=True)
+    workshop.assert_same("run", "whole")
+    assert run.recoveries == whole.recoveries
+
+
+@pytest.mark.parametrize(
+    ("recompute", "note"), [("all", "all 2 layers"), (1, "the first 1 of 2 layers"), ("none", "no layer")]
+)
+def test_what_the_recipe_says_about_recomputation_is_done_from_the_start(
+    workshop: Workshop, recompute: str | int, note: str
+) -> None:
+    whole = workshop.train("whole")
+    run = workshop.train("run", workshop.recipe(training={"recompute": recompute}))
+    workshop.assert_same("run", "whole")
+    assert (whole.fast_paths["recompute"], run.fast_paths["recompute"]) == ("no layer", note)
+    assert run.recoveries == []
+
+
+def test_where_the_recipe_refuses_recomputation_memory_is_at_its_end(workshop: Workshop) -> None:
+    recipe = workshop.recipe(training={"micro_batch_tokens": 8, "recompute": "none"})
+    with pytest.raises(TrainingError, match="Memory ran out at step 1 even for one example"):
+        workshop.train("run", recipe, change=too_small_to_keep_activations({"backward"}))
+
+
+def test_offloading_is_refused_on_a_cpu(workshop: Workshop) -> None:
+    with pytest.raises(RecipeError, match=r"training.offload_activations needs a GPU: .*\nDelete the line"):
+        workshop.train("run", workshop.recipe(training={"offload_activations": True}))
 
 
 @pytest.mark.parametrize("place", ["forward", "backward", "optimizer, half updated", "evaluation"])

@@ -187,6 +187,53 @@ def test_the_optimizer_is_where_it_was(workshop: Workshop) -> None:
     assert seen["run"][0][0] == 5.0  # type: ignore[index]
 
 
+ALL_8_BIT = {"rank": 64}
+"""Large enough for some of the optimizer's state to be in 8 bit."""
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"optimizer": "adamw_8bit"}, "adapter": ALL_8_BIT},
+        {"adapter": {"precision": "bf16"}},
+        {"training": {"optimizer": "adamw_8bit"}, "adapter": {"precision": "bf16", **ALL_8_BIT}},
+        {"adapter": {"method": "lora+"}},
+    ],
+    ids=["8 bit", "bf16", "8 bit, bf16", "lora+"],
+)
+def test_every_optimizer_and_precision_goes_on_bit_by_bit(workshop: Workshop, sections: dict[str, Any]) -> None:
+    recipe = workshop.recipe(**sections)
+    dtypes: set[Any] = set()
+
+    def noted(task: Task) -> Task:
+        after = task.after_update
+
+        def note(progress: Any) -> None:
+            after(progress)
+            for state in task.optimizer.state.values():
+                dtypes.update(value.dtype for value in state.values() if isinstance(value, torch.Tensor))
+
+        return replace(task, after_update=note)
+
+    whole = workshop.train("whole", recipe, change=noted)
+    assert (torch.uint8 in dtypes) == (recipe.training.optimizer == "adamw_8bit")
+    for step in (2, 4, 9):
+        name = f"stopped{step}"
+        assert workshop.train(name, recipe, change=stopped_after(step)).steps == step
+        workshop.train(name, recipe, resume=True)
+        workshop.assert_same(name, "whole")
+    assert whole.first_loss is not None
+    assert whole.last_loss is not None
+    assert whole.last_loss < 0.8 * whole.first_loss
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_a_run_keeps_its_optimizer(workshop: Workshop, begun: str, resumed: str) -> None:
+    workshop.train("run", workshop.recipe(training={"optimizer": begun}), change=stopped_after(3))
+    with pytest.raises(OutputError, match=r"step-0000003 holds the state of .*\nA run keeps its optimizer"):
+        workshop.train("run", workshop.recipe(training={"optimizer": resumed}), resume=True)
+
+
 # ------------------------------------------------------------------------------------------------ after something went wrong
 
 

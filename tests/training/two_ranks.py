@@ -54,7 +54,7 @@ def step(
 
     task = SimpleNamespace(
         model=adapted, seed=0, optimizer=torch.optim.SGD(trainable), loss=loss, devices=devices, metrics=None,
-        report=lambda _event: None,
+        report=lambda _event: None, save_memory=lambda _progress: None,
         batches=batches_for(examples, packed=False, batch_size=batch_size, rank=devices.rank, world=devices.world),
     )  # fmt: skip
     progress = Progress(budget_tokens=1000)
