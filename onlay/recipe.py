@@ -170,7 +170,7 @@ class TrainingSection(Section):
         description="Layers whose activations are computed again in the backward pass instead of kept: none, all, or the first k; auto: none, and all once memory runs out for a single example, or at once with offload_activations.",
     )
     offload_activations: bool = Field(
-        False, description="What recomputed layers keep goes to pinned host memory until the backward pass needs it."
+        False, description="What recomputed layers keep, and the input embedding, wait in pinned host memory."
     )
     learning_rate: float | None = Field(
         None,

@@ -207,7 +207,7 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
 def _failure_of(model: PreTrainedModel, *, packed: bool, attention: str, dtype: torch.dtype, mask: bool) -> str | None:
     """None when two rows laid out this way give the logits of each alone; else what differed.
 
-    Half of the digits must agree (square root of the machine epsilon).  And replacing the first row must leave the second
+    Half of the digits must agree (square root of the machine epsilon), or in 16 bit as many as in the model's own padded rows.  And replacing the first row must leave the second
     exactly as it was: the leak itself, free of the noise of another layout, however small it is in 16 bit.  Only where
     padded rows change too, because fused experts round by how many tokens they get, may packed rows change as much.
     """
@@ -220,7 +220,8 @@ def _failure_of(model: PreTrainedModel, *, packed: bool, attention: str, dtype: 
     model.eval()
     try:
         alone = [_logits(model, row[None], dtype)[0] for row in (first, second)]
-        padded = [_laid_out(model, [row, second], packed=False, mask=True, dtype=dtype)[1] for row in (first, other)]
+        native_rows = [_laid_out(model, [row, second], packed=False, mask=True, dtype=dtype) for row in (first, other)]
+        padded = [rows[1] for rows in native_rows]
         use_attention(model, attention)
         together = _laid_out(model, [first, second], packed=packed, mask=mask, dtype=dtype)
         swapped = _laid_out(model, [other, second], packed=packed, mask=mask, dtype=dtype)
@@ -231,10 +232,14 @@ def _failure_of(model: PreTrainedModel, *, packed: bool, attention: str, dtype: 
     finally:
         use_attention(model, native)
         model.train(was_training)
-    half_the_digits = math.sqrt(torch.finfo(dtype).eps)
+    limits = [math.sqrt(torch.finfo(dtype).eps)] * 2
+    if dtype in (torch.bfloat16, torch.float16):
+        # Rounding adds up over the layers: in a deep base the model's own padded rows differ by more than half the digits.
+        noise = [_difference(found, expected) for found, expected in zip(native_rows[0], alone, strict=True)]
+        limits = [max(limit, 2 * one) for limit, one in zip(limits, noise, strict=True)]
     for name, found, expected, limit in (
-        ("row 1", together[0], alone[0], half_the_digits),
-        ("row 2", together[1], alone[1], half_the_digits),
+        ("row 1", together[0], alone[0], limits[0]),
+        ("row 2", together[1], alone[1], limits[1]),
         ("row 2 after row 1 changed", swapped[1], together[1], 2 * _difference(padded[1], padded[0])),
     ):
         difference = _difference(found, expected)

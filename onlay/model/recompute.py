@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from onlay.errors import RecipeError
+from onlay.model.host_embedding import HostEmbedding
 
 LEAST_BYTES = 2**20
 """Smaller tensors stay: a copy takes its time however small it is."""
@@ -59,6 +60,7 @@ class Recompute:
         self.layers = find_layers(model)
         self._architecture = type(model).__name__
         self._offload = Offload() if offload else None
+        self._embedding = HostEmbedding(model) if offload else None
         self._before: dict[nn.Module, Any] = {}
 
     @property
@@ -74,7 +76,9 @@ class Recompute:
         which = (
             f"all {self.count}" if self.count == len(self.layers) else f"the first {self.count} of {len(self.layers)}"
         )
-        return f"{which} layers" + (", their inputs in host memory until then" if self._offload else "")
+        inputs = ", their inputs in host memory until then" if self._offload else ""
+        embedding = ", the input embedding in host memory" if self._embedding and self._embedding.is_out else ""
+        return f"{which} layers{inputs}{embedding}"
 
     def switch_on(self, count: int | None = None) -> None:
         """The first `count` layers, or all, from the next forward on.  Raises RecipeError where there are no such layers."""
@@ -89,6 +93,8 @@ class Recompute:
                 f"Set it to all, or to at most {len(self.layers)}.",
             )
         self.switch_off()
+        if self._embedding is not None:
+            self._embedding.move_out()
         for layer in self.layers[:count]:
             # A forward of this instance's own is there where Accelerate spreads the base over devices.
             self._before[layer] = vars(layer).get("forward")
@@ -101,6 +107,8 @@ class Recompute:
             else:
                 layer.forward = before
         self._before.clear()
+        if self._embedding is not None:
+            self._embedding.put_back()
 
     def _forward(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):

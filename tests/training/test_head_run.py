@@ -18,7 +18,7 @@ from onlay import stages
 from onlay.data.pack import collate, plan_micro_batches
 from onlay.errors import BaseModelError, DataError, OutputError
 from onlay.generation.engine import Sampling
-from onlay.model.attention import Layout, choose_layout
+from onlay.model.attention import Layout, choose_layout, use_attention
 from onlay.model.head import attach_head
 from onlay.recipe import Recipe, parse_recipe
 from onlay.records import Dataset, Run
@@ -289,11 +289,13 @@ def test_packed_texts_on_a_gpu_are_as_near_to_float64_as_each_alone() -> None:
         head = attach_head(model, ["a", "b", "c", "d"])
         shake(head, scale=1.0)
         head.score.weight.data.copy_(head.score.weight.float())
+        use_attention(model, "sdpa")
         alone = HeadLoss(model, Layout(packed=False, mask_padding=False, attention="sdpa", reason=""), device=device)
         each = [alone.logits(head, collate([one], packed=False, pad_token_id=256))[0] for one in group]
         logits[f"alone {dtype}"] = torch.cat(each).double()
         if dtype == torch.bfloat16:
             batch = collate(group, packed=True, pad_token_id=256)
+            use_attention(model, layout.attention)
             logits["packed"] = HeadLoss(model, layout, device=device).logits(head, batch)[0].double()
     exact = logits["alone torch.float64"]
     assert (logits["packed"] - exact).norm() <= 2 * (logits["alone torch.bfloat16"] - exact).norm()
