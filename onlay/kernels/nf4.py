@@ -64,6 +64,8 @@ class Nf4:
 def quantize(weight: Tensor, *, double_quantization: bool) -> Nf4:
     """A weight of any shape and floating dtype, on its own device.  Raises SetupError when bitsandbytes is missing."""
     kernels = bitsandbytes_kernels()
+    if not weight.numel():
+        return reference_quantize(weight)  # A launch without blocks is an error that ends the process.
     if weight.dtype == torch.float64:
         packed = reference_quantize(weight)
     elif not weight.is_cuda:
@@ -73,7 +75,7 @@ def quantize(weight: Tensor, *, double_quantization: bool) -> Nf4:
         packed = Nf4(codes.view(-1), scales, None, None, tuple(weight.shape))
     if not double_quantization:
         return packed
-    mean = packed.scales.mean() if packed.scales.numel() else packed.scales.new_zeros(())
+    mean = packed.scales.mean()
     numbers, scale_scales = kernels.quantize_blockwise.default(
         packed.scales - mean, dynamic_map(weight.device), SCALE_BLOCK
     )
