@@ -84,22 +84,21 @@ class LoraPlusAdapter(LoraAdapter):
     learning_rate_ratio: float = Field(16.0, ge=1.0, description="lora+: B learns this many times faster than A.")
 
 
+_SVD_ITERATIONS: Any = Field(
+    16,
+    ge=0,
+    description="pissa, loftq: power iterations of the randomized SVD that the adapter begins with; 0: exact.",
+)
+
+
 class PissaAdapter(LoraAdapter):
     method: Literal["pissa"]  # type: ignore[assignment]
-    svd_iterations: int = Field(
-        16,
-        ge=0,
-        description="pissa, loftq: power iterations of the randomized SVD that the adapter begins with; 0: exact.",
-    )
+    svd_iterations: int = _SVD_ITERATIONS
 
 
 class LoftqAdapter(LoraAdapter):
     method: Literal["loftq"]  # type: ignore[assignment]
-    svd_iterations: int = Field(
-        16,
-        ge=0,
-        description="pissa, loftq: power iterations of the randomized SVD that the adapter begins with; 0: exact.",
-    )
+    svd_iterations: int = _SVD_ITERATIONS
 
 
 class HeadAdapter(Section):

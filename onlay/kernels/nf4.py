@@ -120,7 +120,7 @@ def dequantize(packed: Nf4, dtype: torch.dtype) -> Tensor:
 
 
 def block_scales(packed: Nf4) -> Tensor:
-    """(blocks,) float32: the scale of each block of 64.  Two roundings, product and sum, the same on every device."""
+    """(blocks,) float32: the scale of each block of 64: product and sum, rounded twice; a GPU's may differ in the last bit."""
     if packed.scale_scales is None or packed.scale_mean is None:
         return packed.scales
     device = packed.scales.device

@@ -19,9 +19,9 @@ class HostEmbedding:
     def __init__(self, model: Any) -> None:
         """`model`: of transformers, with its parameters where the work is done."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
-        covered = type(embedding) is nn.Embedding and embedding.max_norm is None and not tied
-        self._embedding = embedding if covered and not embedding.weight.requires_grad else None
+        covered = type(embedding) is nn.Embedding and embedding.max_norm is None
+        tied = covered and isinstance(head, nn.Linear) and head.weight is embedding.weight
+        self._embedding = embedding if covered and not tied and not embedding.weight.requires_grad else None
         self._device: torch.device | None = None
 
     @property
