@@ -277,4 +277,120 @@ class Merge(Record):
     error: str | None = None
 
 
-RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge)}
+class Comparison(BaseModel):
+    """One score of two systems on the same rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    score: str
+    system: str
+    against: str
+    """Another system, such as base, prompt, few-shot, live."""
+    rows: int
+    value: float
+    other: float
+    difference: float
+    """value - other, in the score's own unit."""
+    low: float
+    high: float
+    """95 % interval of the difference: paired bootstrap over the rows."""
+    p_value: float
+    """Two-sided: exact McNemar for yes/no scores, otherwise from the bootstrap."""
+    higher_is_better: bool
+    verdict: str
+    """In words, such as `better by 12.4 points, 95 % 9.1 to 15.8`."""
+
+
+class Likelihood(BaseModel):
+    """How likely a system finds a text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str
+    """held_out (trained tokens only), general, or a file's name."""
+    system: str
+    rows: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of what was scored."""
+    nats_per_token: float
+    perplexity: float
+    """exp(nats_per_token)."""
+    bits_per_byte: float
+
+
+class Gate(BaseModel):
+    """One condition of evaluation.gates, and what was found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    limit: float
+    found: float | None
+    """None: not measured, which does not pass."""
+    passed: bool
+    reason: str
+
+
+class Judged(BaseModel):
+    """Pairwise judgements, each pair asked in both orders; a disagreement between the orders is a tie."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    judge: str
+    system: str
+    against: str
+    rows: int
+    wins: int
+    losses: int
+    ties: int
+    consistency: float
+    """Share of the pairs on which both orders agreed."""
+    first_slot_wins: float
+    """Share of decided judgements won by the answer shown first; 0.5 is fair."""
+    unreadable: int
+    """Judgements that named no winner, counted as ties."""
+    p_value: float
+    """Exact two-sided sign test of wins against losses."""
+
+
+class Report(Record):
+    """What an evaluation found: whether to ship, against what, at what risk."""
+
+    kind: ClassVar[str] = "report"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"path"})
+    path: str
+    """Folder with report.json, report.html, answers.jsonl and failures.jsonl."""
+    system: str
+    """The one that is judged."""
+    systems: dict[str, str]
+    """Name to what it is: a path, `the base with the recipe's prompt`, ..."""
+    base: str
+    base_revision: str | None
+    data: str
+    data_digest: str
+    rows: int
+    """Rows answered by every system."""
+    scores: dict[str, dict[str, float | None]]
+    """System to score to value; None where no row has what the score needs."""
+    comparisons: list[Comparison]
+    """Task scores of `system` against every other."""
+    smallest_difference: dict[str, float]
+    """Per score: the least true difference that these rows would show in four trials of five."""
+    likelihood: list[Likelihood]
+    forgetting: list[Comparison]
+    """General text (nats_per_token) and general checks (accuracy), against the base."""
+    safety: list[Comparison]
+    """refused_harmful, refused_harmless, against the base."""
+    judged: list[Judged]
+    gates: list[Gate]
+    verdict: str
+    """ship, do not ship, or no gates."""
+    reasons: list[str]
+    """Sentences for a team lead: what decided."""
+    risks: list[str]
+    failures: int
+    """Rows in failures.jsonl."""
+    likely_causes: list[str]
+    """Of repetition or answers that never stop, in order, with the evidence; empty when neither is a problem."""
+    seconds: float
+    environment: dict[str, str]
+
+
+RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report)}

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from onlay import cli
+from onlay import __version__
+from onlay.cli import main
+from onlay.cli.app import verbs
 from tests.builders import save_tiny_base, write_rows
 
 VERBS = ("init", "doctor", "prepare", "train", "generate", "chat", "merge", "show", "log", "schema", "demo")
 HELP = """
 import contextlib, io, json, sys
+from onlay import __version__
 from onlay.cli import main
 after_import = [name for name in ("torch", "transformers", "pydantic", "rich.console", "yaml") if name in sys.modules]
 texts = {}
@@ -66,7 +69,7 @@ def test_help_lists_every_verb_with_whole_words(helped: dict[str, Any]) -> None:
 
 
 def app_verbs() -> list[str]:
-    return cli._verbs()
+    return verbs()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -163,7 +166,7 @@ def onlay(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         monkeypatch.setattr(sys, "argv", ["onlay", *arguments])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as exit:
             code = int(exit.code or 0)
         out, err = capsys.readouterr()
@@ -228,7 +231,7 @@ def test_other_verbs(onlay: Any) -> None:
     assert code == 0
     assert set(json.loads(out)["properties"]) == {"model", "adapter", "data", "training", "evaluation"}
     code, out, _ = onlay("--version")
-    assert (code, out.strip()) == (0, cli.__version__)
+    assert (code, out.strip()) == (0, __version__)
     code, out, _ = onlay()
     assert code == 0
     assert out.startswith("Usage: onlay")
@@ -246,7 +249,7 @@ def test_ctrl_c_before_there_is_anything_to_save(onlay: Any, recipe: str, monkey
     def interrupted(*_args: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onlay.stages.look", interrupted)
+    monkeypatch.setattr("onlay.stages.training.look", interrupted)
     code, out, err = onlay("train", recipe, "--json")
     assert code == 130
     assert err.splitlines()[0] == "Interrupted."

@@ -11,13 +11,18 @@ from onlay.errors import OutputError
 from onlay.records import (
     RECORDS,
     Checkpoint,
+    Comparison,
     Dataset,
     Finding,
+    Gate,
+    Judged,
+    Likelihood,
     Merge,
     MergeCheck,
     ModelFacts,
     Record,
     Recovery,
+    Report,
     Run,
     SplitFacts,
     write_whole,
@@ -70,7 +75,33 @@ def merge(**changes: Any) -> Merge:
     return Merge(**(values | changes))
 
 
-EVERY = [model_facts(), dataset(), run(), merge()]
+def report(**changes: Any) -> Report:
+    compared = Comparison(
+        score="exact_match", system="adapter", against="base", rows=100, value=0.76, other=0.0, difference=0.76, low=0.68,
+        high=0.84, p_value=1e-20, higher_is_better=True, verdict="better by 76.0 points, 95 % 68.0 to 84.0",
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "path": "runs/a/report", "system": "adapter", "systems": {"base": "pocket", "adapter": "runs/a"}, "base": "pocket",
+        "base_revision": None, "data": "rows.jsonl", "data_digest": "aa", "rows": 100,
+        "scores": {"base": {"exact_match": 0.0, "valid_json": None}, "adapter": {"exact_match": 0.76, "valid_json": None}},
+        "comparisons": [compared], "smallest_difference": {"exact_match": 0.09},
+        "likelihood": [Likelihood(
+            text="held_out", system="base", rows=100, tokens=900, bytes=3000, nats_per_token=1.5, perplexity=4.48,
+            bits_per_byte=0.65,
+        )],
+        "forgetting": [compared], "safety": [compared],
+        "judged": [Judged(
+            judge="person", system="adapter", against="base", rows=3, wins=2, losses=0, ties=1, consistency=1.0,
+            first_slot_wins=0.5, unreadable=0, p_value=0.5,
+        )],
+        "gates": [Gate(name="exact_match", limit=0.5, found=0.76, passed=True, reason="0.76 is at least 0.5")],
+        "verdict": "ship", "reasons": ["better"], "risks": ["few rows"], "failures": 24, "likely_causes": [],
+        "seconds": 12.0, "environment": {"torch": "2.13.0"}, "sources": {"run": "aa"},
+    }  # fmt: skip
+    return Report(**(values | changes))
+
+
+EVERY = [model_facts(), dataset(), run(), merge(), report()]
 
 
 @pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)

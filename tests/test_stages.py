@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from onlay.generation.engine import Sampling
 from onlay.model.hub import find_base
 from onlay.recipe import ADAPTERS, ModelSection, Recipe, Section, field_paths, parse_recipe, read_recipe
 from onlay.records import Dataset, ModelFacts, Run
+from onlay.stages.demonstrating import _one_of_each_kind
 from tests.builders import save_tiny_base, write_rows
 
 SHORT = Sampling(max_new_tokens=6)
@@ -165,7 +166,7 @@ def test_the_second_preparation_is_read_from_the_cache(base: Path, place: Path) 
 
 def test_a_tracker_that_is_not_installed_is_an_error(base: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
     with pytest.raises(SetupError, match=r'wandb is not installed.\npython -m pip install "onlay\[wandb\]"'):
         onlay.train(small(base, "run", training={"trackers": ["wandb"]}))
 
@@ -191,7 +192,7 @@ def test_bitsandbytes_that_is_not_installed_is_an_error(
     base: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
     with pytest.raises(
         SetupError, match=r"training.optimizer = adamw_8bit needs bitsandbytes.*\npython -m pip install"
     ):
@@ -210,9 +211,9 @@ def test_init_writes_a_recipe_that_prepares(place: Path, base: Path) -> None:
 
 def test_three_rows_are_shown_as_different_as_there_are() -> None:
     desk = [f"Thrumlow desk. {text}" for text in ("Take crate 5.", "Take crate 6.", "I do not know that.")]
-    assert stages._one_of_each_kind([*desk, '{"name": "x"}']) == [0, 3, 2]
-    assert stages._one_of_each_kind(desk[:2]) == [0, 1]
-    assert stages._one_of_each_kind(["a", "a"]) == [0]
+    assert _one_of_each_kind([*desk, '{"name": "x"}']) == [0, 3, 2]
+    assert _one_of_each_kind(desk[:2]) == [0, 1]
+    assert _one_of_each_kind(["a", "a"]) == [0]
 
 
 def test_public_names_are_the_stages() -> None:

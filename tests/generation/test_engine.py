@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from onlay.generation.engine import Sampling, generate
 from onlay.model.adapter import attach
 from onlay.recipe import LoraAdapter
-from onlay.stages import _TextStream
+from onlay.stages.answering import _TextStream
 from tests.builders import CONTEXT_TOKENS, shake, tiny_model, tiny_tokenizer
 
 STOP = 257

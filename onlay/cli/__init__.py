@@ -1,0 +1,13 @@
+"""The command line.  Each verb calls one function of `stages`; every verb has --json.
+
+Results go to standard output, progress to standard error.  Exit codes: 0 done, 1 the work failed, 2 the input must
+change, 130 interrupted.  torch is never loaded for --help.
+"""
+
+from __future__ import annotations
+
+# Each module adds its verbs to the app; --help lists them in this order.
+from onlay.cli import data, training, answers, merging, showing, demonstrating  # isort: skip
+from onlay.cli.app import app, main
+
+__all__ = ["answers", "app", "data", "demonstrating", "main", "merging", "showing", "training"]

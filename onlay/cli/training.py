@@ -1,0 +1,43 @@
+"""Training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onlay.cli.app import INTERRUPTED, JsonOption, SetOption, app, emit, say_next, terminal
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.")] = None,
+    overrides: SetOption = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an interrupted run folder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter, or go on with an interrupted run.
+
+    Ends with a summary and the next command.  Ctrl-C saves; the exit code is then 130.
+    """
+    from onlay import stages
+    from onlay.console import Reporter
+
+    with Reporter(terminal()) as report:
+        run = stages.train(recipe, overrides=overrides or (), resume=resume, report=report)
+
+    def display() -> None:
+        from onlay.console import run_table
+
+        terminal(stderr=False).print(run_table(run))
+        compare = "" if run.method == "full" else " --compare"
+        use = f"generate {run.path} --prompt 'a text'" if run.method == "head" else f"chat {run.path}{compare}"
+        say_next(f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay {use}")
+
+    emit(run.model_dump(mode="json") | {"digest": run.digest}, as_json, display)
+    if run.status == "interrupted":
+        sys.exit(INTERRUPTED)
