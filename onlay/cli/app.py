@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -98,6 +100,8 @@ def main() -> None:
     """Entry point: what a user can put right becomes two lines on standard error and an exit code."""
     # Deprecations in transformers and peft speak to those who call them, not to those who train.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
+    # Ending, Python would look through every object of torch and transformers once more: over a second for nothing.
+    atexit.register(gc.freeze)
     try:
         # Without Typer's own error page; Ctrl-C in a verb comes back as its exit code.
         if app(prog_name="onlay", standalone_mode=False) == INTERRUPTED:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay.errors import DataError, OutputError
+from onlay.model.stack import import_stack
 from onlay.recipe import Recipe, read_recipe
 from onlay.records import Dataset, ModelFacts, Run
 from onlay.stages.events import Loading, Report, silent, while_loading
@@ -121,6 +122,7 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = sile
     if not (folder / ("model" if full else "adapter")).is_dir():
         raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
 
+    import_stack()
     from onlay.data.template import ChatTemplate
     from onlay.hardware import find_hardware
     from onlay.model.adapter import load_adapter
@@ -212,6 +214,7 @@ class LoadedHead:
 
 def open_head(folder: str | Path, *, report: Report = silent) -> LoadedHead:
     """Loads a finished run's base and classification head.  Raises OnlayError."""
+    import_stack()
     from onlay.data.labels import LabelledText
     from onlay.hardware import find_hardware
     from onlay.model.facts import read_facts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onlay import ledger
 from onlay.errors import OutputError
+from onlay.model.stack import import_stack
 from onlay.recipe import Recipe, read_recipe
 from onlay.records import Dataset, Merge, Run
 from onlay.stages.events import Loading, Report, silent
@@ -32,6 +33,7 @@ def merge(
     recipe = read_recipe(folder / "recipe.yaml")
     _check_mergeable(folder, done, recipe, out=Path(out), into=into, rows=rows)
 
+    import_stack()
     from onlay.data.build import open_split
     from onlay.hardware import find_hardware
     from onlay.model.facts import read_facts

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from onlay import ledger
 from onlay.errors import OnlayError, OutputError, RecipeError
+from onlay.model.stack import import_stack
 from onlay.recipe import LoftqAdapter, PissaAdapter, Recipe, read_recipe
 from onlay.records import Dataset, ModelFacts, Run, write_whole
 from onlay.stages.events import Report, rank, silent, while_loading
@@ -73,6 +74,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run:
+    import_stack()
     from onlay.data.pack import collate, plan_micro_batches
     from onlay.evaluation.scores import label_scores
     from onlay.hardware import find_hardware
