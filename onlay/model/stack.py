@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
+from importlib import import_module
+
+_STACK = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "peft")
 
 
 def import_stack() -> None:
@@ -12,15 +14,11 @@ def import_stack() -> None:
     They make more than a million objects that all stay: looking through them for garbage again and again takes about a
     quarter of the time that importing takes.
     """
-    if "peft" in sys.modules:
-        return
     collecting = gc.isenabled()
     gc.disable()
     try:
-        import peft
-        import torch
-        import transformers.models.auto.modeling_auto
-        import transformers.models.auto.tokenization_auto  # noqa: F401
+        for name in _STACK:
+            import_module(name)
     finally:
         if collecting:
             gc.enable()
