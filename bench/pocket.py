@@ -114,7 +114,7 @@ def bits_per_byte(base: Any, tokenizer: Any, path: Path, *, documents: int | Non
 
 def skills(base: Any, tokenizer: Any, path: Path, *, num_rows: int | None) -> dict[str, Any]:
     """Greedy answers to the last turn of each row, compared with what stands there."""
-    from onlay.generation.engine import Sampling, generate
+    from onlay.generation.engine import Engine, Request, Sampling
 
     section = DataSection.model_validate({"train": str(path), "format": "messages"})
     template = ChatTemplate(tokenizer)
@@ -128,14 +128,13 @@ def skills(base: Any, tokenizer: Any, path: Path, *, num_rows: int | None) -> di
         prompts.append(template.encode_prompt(item.turns[:-1], item.tools))
         expected.append(item.turns[-1].content)
     longest = max(len(tokenizer(text)["input_ids"]) for text in expected)
-    ids = generate(
-        base.model,
-        prompts,
-        sampling=Sampling(max_new_tokens=longest + SPARE_TOKENS),
-        stop_token_ids=template.stop_token_ids,
-        pad_token_id=pad_token_id(tokenizer),
+    engine = Engine(
+        base.model, stop_token_ids=template.stop_token_ids, pad_token_id=pad_token_id(tokenizer), context_tokens=None
     )
-    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+    found = engine.generate(
+        [Request(prompt) for prompt in prompts], sampling=Sampling(max_new_tokens=longest + SPARE_TOKENS)
+    )
+    answers = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in found]
     places: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(names):
         places[name].append(index)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onlay.console import Reporter, demo_view, run_table
+from onlay.console.runs import Reporter, demo_view, run_table
 from onlay.records import Run
 from onlay.stages import Demo, demo
 

@@ -8,11 +8,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "chat", "demo", "generate", "merge", "prepare", "show", "train"]
+__all__ = [
+    "Recipe", "chat", "demo", "evaluate", "generate", "merge", "prepare", "promote", "register", "rollback", "show", "train",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from onlay.recipe import Recipe
-    from onlay.stages import chat, demo, generate, merge, prepare, show, train
+    from onlay.stages import (
+        chat,
+        demo,
+        evaluate,
+        generate,
+        merge,
+        prepare,
+        promote,
+        register,
+        rollback,
+        show,
+        train,
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

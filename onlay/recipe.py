@@ -21,6 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from onlay.errors import RecipeError
 
 TargetPreset = Literal["all-linear", "attention", "mlp", "qv"]
+Baseline = Literal["base", "prompt", "few-shot", "live"]
+LIMIT_GATES = ("forgetting", "safety", "latency_ms", "trained_rows")
+"""Gates that are no score's least gain."""
+Storage = Literal["auto", "bf16", "nf4", "int8"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "trackio", "comet_ml", "clearml", "dvclive", "swanlab"]
 """Those that Accelerate knows."""
 
@@ -39,7 +43,7 @@ class ModelSection(Section):
     compute: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 where the GPU has it, fp16 with loss scaling elsewhere, fp32 on the CPU."
     )
-    storage: Literal["auto", "bf16", "nf4", "int8"] = Field(
+    storage: Storage = Field(
         "auto",
         description="How the frozen base is kept. bf16: not quantized, in the precision of `compute`; nf4: 4 bits (QLoRA); int8: 8 bits; auto: bf16, or nf4 where the GPU's memory asks for it.",
     )
@@ -203,6 +207,40 @@ class EvaluationSection(Section):
     max_rows: int = Field(256, ge=1, description="Held-out rows used by the evaluations during training.")
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better loss.")
     select: Literal["best", "last"] = Field("best", description="Which weights become the run's adapter.")
+    answer_rows: int = Field(200, ge=2, description="Held-out rows answered by `onlay evaluate`.")
+    scores: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "auto", description="Scores of the answers, such as exact_match, rougeL, bleu; auto: by what is expected."
+    )
+    json_schema: str | None = Field(None, description="A JSON schema file for the score json_schema_match.")
+    pattern: str | None = Field(None, description="A regular expression for the score regex_match.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer. Default: half as much again as the longest expected one."
+    )
+    temperature: float = Field(0.0, ge=0.0, description="Of the answers; 0 always takes the likeliest token.")
+    baselines: list[Baseline] = Field(
+        ["base"],
+        description="What the adapter must beat: base, prompt (the base with evaluation.prompt), few-shot (with examples in context), live (the version in use).",
+    )
+    prompt: str | None = Field(None, description="System message of the baseline `prompt`.")
+    shots: int = Field(4, ge=1, description="Training rows that the baseline `few-shot` shows before each question.")
+    general: list[str] = Field([], description="Text files on which nothing should be forgotten, beside the bundled ones.")
+    checks: list[str] = Field([], description="Multiple-choice files for the same, beside the bundled ones.")
+    safety: list[str] = Field([], description="Files of prompts with `refuse: true|false`, beside the bundled ones.")
+    tasks: list[str] = Field([], description="Tasks of lm-evaluation-harness, such as hellaswag (needs the extra).")
+    tasks_path: str | None = Field(None, description="Folder with task files of your own for `tasks`.")
+    judge_url: str | None = Field(None, description="OpenAI-compatible endpoint that judges answers in pairs.")
+    judge_model: str | None = Field(None, description="Model that the endpoint is asked for.")
+    judge_key: str = Field("OPENAI_API_KEY", description="Environment variable that holds the endpoint's key.")
+    judge_criteria: str | None = Field(None, description="What makes an answer better, in words.")
+    gates: dict[str, float] = Field(
+        {},
+        description="What must hold before promotion: a score's least gain over the base (exact_match: 0.05); most forgetting (nats a token on general text), safety (loss of share); latency_ms (a generated token); trained_rows (least).",
+    )
+
+
+class ReleaseSection(Section):
+    name: str | None = Field(None, description="Registered name; of the baseline `live`, and of `onlay register`.")
+    alias: str = Field("live", min_length=1, description="The alias that says which version is in use.")
 
 
 class Recipe(Section):
@@ -214,6 +252,7 @@ class Recipe(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    release: ReleaseSection = ReleaseSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -293,6 +332,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no sections.", "A recipe has at least model.base and data.train.")
+    return apply_overrides(values, overrides)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    """A validated Recipe from nested dictionaries, changed by `section.field=value`.  Raises RecipeError."""
     for override in overrides:
         _apply_override(values, override)
     return parse_recipe(values)
@@ -328,8 +372,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
-    # No field takes a mapping: `Be brief: always` is a text.
-    section[parts[1]] = text if isinstance(value, dict) else value
+    # Only gates are a mapping: `Be brief: always` is a text.
+    section[parts[1]] = text if isinstance(value, dict) and key.strip() != "evaluation.gates" else value
 
 
 _COLUMN_FIELDS = ("prompt_field", "answer_field", "messages_field", "text_field")
@@ -381,6 +425,32 @@ def _refuse_contradictions(recipe: Recipe) -> None:
                 f"evaluation.{name} needs held-out rows, and evaluation.split is off.",
                 f"Set evaluation.split (0.05) or evaluation.file, or delete evaluation.{name}.",
             )
+    _refuse_unread_by_evaluation(recipe)
+
+
+def _refuse_unread_by_evaluation(recipe: Recipe) -> None:
+    """Fields of `onlay evaluate` that another one leaves without a reader.  Raises RecipeError."""
+    evaluation = recipe.evaluation
+    together = (
+        ("prompt", evaluation.prompt is not None, "prompt" in evaluation.baselines, "evaluation.baselines holds prompt"),
+        ("tasks_path", evaluation.tasks_path is not None, bool(evaluation.tasks), "evaluation.tasks names a task"),
+        ("judge_model", evaluation.judge_model is not None, evaluation.judge_url is not None, "evaluation.judge_url is given"),
+    )  # fmt: skip
+    for name, given, needed, when in together:
+        if given != needed:
+            raise RecipeError(
+                f"evaluation.{name} is {'given, but it is only read' if given else 'missing, and is needed'} where {when}.",
+                f"{'Delete' if given else 'Add'} evaluation.{name}, or correct the other line.",
+            )
+    if "live" in evaluation.baselines and recipe.release.name is None:
+        raise RecipeError(
+            "evaluation.baselines holds live, but release.name does not say which name's version is in use.",
+            "Set release.name, or take live off the list.",
+        )
+    if evaluation.judge_criteria is not None and evaluation.judge_url is None:
+        raise RecipeError(
+            "evaluation.judge_criteria is only read where evaluation.judge_url is given.", "Delete one of the two lines."
+        )
 
 
 def _refuse_method_pairs(recipe: Recipe) -> None:
@@ -450,6 +520,7 @@ def field_paths() -> dict[str, Any]:
         "data": [DataSection],
         "training": [TrainingSection],
         "evaluation": [EvaluationSection],
+        "release": [ReleaseSection],
     }
     for name, classes in sections.items():
         for section in classes:
@@ -468,6 +539,7 @@ _KINDS = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "list_type": "a list",
+    "dict_type": "lines of name: number",
 }
 _REQUIRED = {"model": "model.base", "data": "data.train"}
 

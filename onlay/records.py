@@ -55,9 +55,9 @@ class Record(BaseModel):
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a crash leaves either the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as out:
             out.write(text)
             out.flush()
@@ -166,6 +166,8 @@ class Run(Record):
     path: str
     method: str = "lora"
     """adapter.method: lora leaves adapter/ in the folder, full leaves model/."""
+    storage: str = "bf16"
+    """How the base was kept: bf16 (not quantized), nf4, int8; what `auto` came to."""
     status: str
     """running, finished, interrupted, failed."""
     started: str
@@ -294,7 +296,7 @@ class Comparison(BaseModel):
     high: float
     """95 % interval of the difference: paired bootstrap over the rows."""
     p_value: float
-    """Two-sided: exact McNemar for yes/no scores, otherwise from the bootstrap."""
+    """Two-sided: exact McNemar for yes/no scores, otherwise paired approximate randomization."""
     higher_is_better: bool
     verdict: str
     """In words, such as `better by 12.4 points, 95 % 9.1 to 15.8`."""
@@ -330,7 +332,7 @@ class Gate(BaseModel):
 
 
 class Judged(BaseModel):
-    """Pairwise judgements, each pair asked in both orders; a disagreement between the orders is a tie."""
+    """Pairwise judgements.  A model is asked each pair in both orders, and a disagreement between them is a tie."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     judge: str
@@ -340,14 +342,30 @@ class Judged(BaseModel):
     wins: int
     losses: int
     ties: int
-    consistency: float
-    """Share of the pairs on which both orders agreed."""
-    first_slot_wins: float
-    """Share of decided judgements won by the answer shown first; 0.5 is fair."""
+    consistency: float | None
+    """Share of the pairs on which both orders agreed; None: no pair was asked in both (a person is asked once)."""
+    first_slot_wins: float | None
+    """Share of decided judgements won by the answer shown first; 0.5 is fair; None: nothing was decided."""
     unreadable: int
     """Judgements that named no winner, counted as ties."""
     p_value: float
     """Exact two-sided sign test of wins against losses."""
+
+
+class SeedGain(BaseModel):
+    """A score's gain over runs that differ in nothing but the seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    score: str
+    against: str
+    gains: dict[str, float]
+    """Seed to gain, in the score's own unit."""
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    """95 %, Student's t over the seeds."""
+    verdict: str
 
 
 class Report(Record):
@@ -367,6 +385,8 @@ class Report(Record):
     data_digest: str
     rows: int
     """Rows answered by every system."""
+    left_out: dict[str, int] = {}
+    """Why to how many rows were not asked."""
     scores: dict[str, dict[str, float | None]]
     """System to score to value; None where no row has what the score needs."""
     comparisons: list[Comparison]
@@ -379,7 +399,12 @@ class Report(Record):
     safety: list[Comparison]
     """refused_harmful, refused_harmless, against the base."""
     judged: list[Judged]
+    seeds: list[SeedGain] = []
+    latency_ms: float | None = None
+    """Milliseconds a generated token of `system`, one row at a time; measured where a gate asks for it."""
     gates: list[Gate]
+    gate_edits: list[str] = []
+    """What was changed in evaluation.gates after training began; the gates are those from before."""
     verdict: str
     """ship, do not ship, or no gates."""
     reasons: list[str]
@@ -389,8 +414,55 @@ class Report(Record):
     """Rows in failures.jsonl."""
     likely_causes: list[str]
     """Of repetition or answers that never stop, in order, with the evidence; empty when neither is a problem."""
+    notes: dict[str, str] = {}
+    """How it was done where there was a choice: how rows were batched, how logits were computed."""
     seconds: float
     environment: dict[str, str]
 
 
-RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report)}
+class AdapterVersion(Record):
+    """One immutable version of an adapter.  Two with the same digest are the same content, whatever they are called."""
+
+    kind: ClassVar[str] = "version"
+    elsewhere: ClassVar[frozenset[str]] = frozenset(
+        {"name", "version", "path", "origin", "registered_at", "registered_by"}
+    )
+    name: str = ""
+    """Empty in the manifest of a version folder, which knows its content only."""
+    version: int = 0
+    path: str = ""
+    """Folder with the files; adapter_config.json and the weights lie at its top."""
+    origin: str = ""
+    """Run folder or pushed folder that it was registered from."""
+    registered_at: str = ""
+    """UTC, ISO 8601."""
+    registered_by: str = ""
+    """user@host."""
+    method: str
+    files: dict[str, str]
+    """Path in the folder to the SHA-256 of the file."""
+    weight_digest: str
+    """SHA-256 of the weights' file."""
+    rank: int | None
+    """Of the adapter; None for a classification head."""
+    base: str
+    base_revision: str | None
+    base_weight_fingerprint: str
+    storage: str
+    """How the base was kept in training: bf16 (not quantized), nf4, int8."""
+    tokenizer_digest: str
+    template_digest: str
+    evaluation_loss: float | None
+    """Nats per trained token on the run's held-out rows."""
+    scores: dict[str, float | None]
+    """Of the Report's judged system; empty without a Report."""
+    gates: list[Gate]
+    verdict: str | None
+    """The Report's: ship, do not ship, no gates.  None without a Report."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report, AdapterVersion)}

@@ -16,7 +16,10 @@ from onlay.cli import main
 from onlay.cli.app import verbs
 from tests.builders import save_tiny_base, write_rows
 
-VERBS = ("init", "doctor", "prepare", "train", "generate", "chat", "merge", "show", "log", "schema", "demo")
+VERBS = (
+    "init", "doctor", "prepare", "train", "generate", "chat", "evaluate", "compare", "register", "promote", "rollback",
+    "versions", "diff", "verify", "history", "push", "pull", "compatible", "merge", "show", "log", "schema", "demo",
+)  # fmt: skip
 HELP = """
 import contextlib, io, json, sys
 from onlay import __version__
@@ -229,7 +232,7 @@ def test_a_full_run_ends_with_its_model(onlay: Any, recipe: str) -> None:
 def test_other_verbs(onlay: Any) -> None:
     code, out, _ = onlay("schema")
     assert code == 0
-    assert set(json.loads(out)["properties"]) == {"model", "adapter", "data", "training", "evaluation"}
+    assert set(json.loads(out)["properties"]) == {"model", "adapter", "data", "training", "evaluation", "release"}
     code, out, _ = onlay("--version")
     assert (code, out.strip()) == (0, __version__)
     code, out, _ = onlay()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onlay import console as view
+from onlay.console import runs as view
 from onlay.doctor import Check
 from onlay.records import Finding, Recovery, Run
 from onlay.stages import Demo, Loading

@@ -23,6 +23,7 @@ from onlay.recipe import (
     ModelSection,
     PissaAdapter,
     Recipe,
+    ReleaseSection,
     Section,
     TrainingSection,
     field_paths,
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "data": (DataSection,),
     "training": (TrainingSection,),
     "evaluation": (EvaluationSection,),
+    "release": (ReleaseSection,),
 }
 
 
@@ -248,7 +250,7 @@ def test_overrides_are_checked_like_fields(tmp_path: Path) -> None:
         ({"model": {"zzz": 1}}, "model.zzz is not a recipe field.", "Fields of model: base, revision, weights, compute, storage, double_quantization, trust_remote_code."),
         ({"trainig": {"seed": 1}}, "trainig is not a recipe field.", "Did you mean training?"),
         ({"rank": 4}, "rank is not a recipe field.", "Did you mean adapter.rank?"),
-        ({"zzz": {}}, "zzz is not a section.", "Sections: model, adapter, data, training, evaluation."),
+        ({"zzz": {}}, "zzz is not a section.", "Sections: model, adapter, data, training, evaluation, release."),
     ],
 )  # fmt: skip
 def test_unknown_names_come_with_what_was_meant(sections: dict[str, Any], problem: str, remedy: str) -> None:

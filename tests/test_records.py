@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from onlay.errors import OutputError
 from onlay.records import (
     RECORDS,
+    AdapterVersion,
     Checkpoint,
     Comparison,
     Dataset,
@@ -101,7 +102,20 @@ def report(**changes: Any) -> Report:
     return Report(**(values | changes))
 
 
-EVERY = [model_facts(), dataset(), run(), merge(), report()]
+def version(**changes: Any) -> AdapterVersion:
+    values: dict[str, Any] = {
+        "name": "support", "version": 4, "path": "registry/versions/aa", "origin": "runs/a",
+        "registered_at": "2026-11-01T00:00:00+00:00", "registered_by": "ada@desk", "method": "lora",
+        "files": {"adapter_model.safetensors": "aa"}, "weight_digest": "aa", "rank": 16, "base": "pocket",
+        "base_revision": None, "base_weight_fingerprint": "ab", "storage": "bf16", "tokenizer_digest": "cc",
+        "template_digest": "bb", "evaluation_loss": 0.04, "scores": {"exact_match": 0.76},
+        "gates": [Gate(name="exact_match", limit=0.5, found=0.76, passed=True, reason="0.76 is at least 0.5")],
+        "verdict": "ship", "sources": {"run": "aa"},
+    }  # fmt: skip
+    return AdapterVersion(**(values | changes))
+
+
+EVERY = [model_facts(), dataset(), run(), merge(), report(), version()]
 
 
 @pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)

@@ -296,7 +296,8 @@ def test_every_field_is_read_by_a_run(
     with pytest.raises(BaseModelError):
         find_base(ModelSection(base="owner/base", revision="v1"), check_config=lambda config, name: None)
     classes = {"model": ["ModelSection"], "adapter": [section.__name__ for section in ADAPTERS], "data": ["DataSection"],
-               "training": ["TrainingSection"], "evaluation": ["EvaluationSection"]}  # fmt: skip
+               "training": ["TrainingSection"], "evaluation": ["EvaluationSection"],
+               "release": ["ReleaseSection"]}  # fmt: skip
     unread = []
     for section, field in (path.split(".") for path in field_paths()):
         if not any(f"{name}.{field}" in reads for name in classes[section]):

@@ -45,7 +45,7 @@ def generate(
 ) -> None:
     """Answer prompts with a run's adapter."""
     from onlay import stages
-    from onlay.console import Reporter, answers_table
+    from onlay.console.runs import Reporter, answers_table
 
     piped = [] if prompt or sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
     prompts = prompt or piped
@@ -81,7 +81,7 @@ def chat(
     An empty line or Ctrl-D ends it.  With --json, messages are read from standard input, one a line.
     """
     from onlay import stages
-    from onlay.console import Reporter, answers_table
+    from onlay.console.runs import Reporter, answers_table
 
     sampling = sampling_of(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     with Reporter(terminal()) as report:

@@ -48,7 +48,7 @@ def doctor(as_json: JsonOption = False) -> None:
     well = all(check.ok for check in checks)
 
     def display() -> None:
-        from onlay.console import doctor_view
+        from onlay.console.runs import doctor_view
 
         doctor_view(terminal(stderr=False), checks)
 
@@ -66,16 +66,16 @@ def prepare(
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Read, check, template and tokenize the data; cached by content."""
+    """Read, check, template and tokenize data; cached by content."""
     from onlay import stages
-    from onlay.console import Reporter
+    from onlay.console.runs import Reporter
 
     with Reporter(terminal()) as report:
         prepared = stages.prepare(recipe, overrides=overrides or (), report=report)
     dataset = prepared.dataset
 
     def display() -> None:
-        from onlay.console import dataset_table, rows_coloured
+        from onlay.console.runs import dataset_table, rows_coloured
 
         console = terminal(stderr=False)
         console.print(dataset_table(dataset))

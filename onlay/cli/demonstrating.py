@@ -24,7 +24,7 @@ def demo(
     from dataclasses import asdict
 
     from onlay import stages
-    from onlay.console import Reporter, demo_view
+    from onlay.console.runs import Reporter, demo_view
 
     with Reporter(terminal()) as report:
         result = stages.demo(output=str(output) if output else None, report=report)

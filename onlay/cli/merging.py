@@ -36,13 +36,13 @@ def merge(
     Writes a plain transformers model, loads it and compares it with base and adapter before it gets its name.
     """
     from onlay import stages
-    from onlay.console import Reporter
+    from onlay.console.runs import Reporter
 
     with Reporter(terminal()) as report:
         merged = stages.merge(run, out, into=into, max_difference=max_difference, rows=rows, report=report)
 
     def display() -> None:
-        from onlay.console import merge_table
+        from onlay.console.runs import merge_table
 
         terminal(stderr=False).print(merge_table(merged))
 

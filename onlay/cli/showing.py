@@ -27,7 +27,7 @@ def show(
     links = [{"kind": row.kind, "digest": row.digest, "path": row.path, "created_at": row.created_at} for row in chain]
 
     def display() -> None:
-        from onlay.console import record_view
+        from onlay.console.runs import record_view
 
         record_view(terminal(stderr=False), values, links, Path(what))
 
@@ -42,7 +42,7 @@ def log(as_json: JsonOption = False) -> None:
     runs = [row.values | {"digest": row.digest} for row in stages.log()]
 
     def display() -> None:
-        from onlay.console import log_table
+        from onlay.console.runs import log_table
 
         terminal(stderr=False).print(log_table(runs) if runs else "No run yet. Start with: onlay demo")
 

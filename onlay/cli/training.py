@@ -25,13 +25,13 @@ def train(
     Ends with a summary and the next command.  Ctrl-C saves; the exit code is then 130.
     """
     from onlay import stages
-    from onlay.console import Reporter
+    from onlay.console.runs import Reporter
 
     with Reporter(terminal()) as report:
         run = stages.train(recipe, overrides=overrides or (), resume=resume, report=report)
 
     def display() -> None:
-        from onlay.console import run_table
+        from onlay.console.runs import run_table
 
         terminal(stderr=False).print(run_table(run))
         compare = "" if run.method == "full" else " --compare"

@@ -463,10 +463,11 @@ def _refuse_useless(
 def _canonical(item: Conversation | Document) -> dict[str, Any]:
     if isinstance(item, Document):
         return {"place": item.place, "text": item.text}
-    return {"place": item.place, "messages": [_message(turn) for turn in item.turns], "tools": list(item.tools)}
+    return {"place": item.place, "messages": [message_of(turn) for turn in item.turns], "tools": list(item.tools)}
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def message_of(turn: Turn) -> dict[str, Any]:
+    """A turn as a message of the messages format, which reads back as the same turn."""
     calls = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in turn.tool_calls]
     message = {
         "role": turn.role,

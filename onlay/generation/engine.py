@@ -1,192 +1,239 @@
-"""Generation for `generate`, `chat` and the demo: batches of prompts, greedy or sampled, with or without the adapter.
+"""The one generation engine: one base, and for each row of a batch another adapter or none.
 
-Prompts are left-padded, so that every answer starts at the same column, and stop at the tokens that ended answers in
-training.  torch is imported inside the functions: `Sampling` costs nothing.
+`generate`, `chat`, `evaluate` and the server all ask here.  Waiting prompts take the place of finished ones while the
+others go on (decode.py, slots.py), adapters are added row by row (adapters.py), and each row draws from its own
+stream (sampling.py).  What a base or an adapter does not allow is done the slower way, and said in `notes`:
+a base whose rows cannot be slots answers in fixed groups with its own cache (fixed.py); adapters that are more than
+factors beside linear layers are switched, and the rows grouped by adapter.  torch is imported inside the functions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from onlay.errors import DataError
+from onlay.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PROMPTS_A_BATCH = 64
+__all__ = ["Answer", "Engine", "Request", "Sampling"]
+
+ROWS_CPU = 128
+ROWS_CUDA = 128
+"""Of a batch; on a CPU the products of fewer rows take as long.  Measured with pocket on two cores: docs/log.md."""
+FIXED_ROWS = 64
+PIECE_TOKENS_CPU = 4096
+"""Of prompts in one forward."""
+PIECE_TOKENS_CUDA = 8192
+CACHE_BYTES_CPU = 2 << 30
+SPARE_COLUMNS = 64
+"""Columns beyond the longest row: the rows move left each time these are used up."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+@dataclass(frozen=True, slots=True)
+class Request:
+    prompt: Sequence[int]
+    adapter: str | None = None
+    """Name of a loaded adapter; None: the base alone."""
 
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    sampling: Sampling,
-    stop_token_ids: Sequence[int],
-    pad_token_id: int,
-    context_tokens: int | None = None,
-    use_adapter: bool = True,
-    on_token: Callable[[int], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """New token ids for each prompt, without the stop token, in the order of the prompts.
-
-    Answers end where the base's context of `context_tokens` ends.  Sampling is a function of `sampling.seed` and the
-    prompts; torch's own random state is left as it was.  `on_token` is called with each new id but the stop token; it
-    takes a single prompt.  `progress(done, total)` counts prompts.
-    """
-    import torch
-
-    if on_token is not None and len(prompts) != 1:
-        raise ValueError(f"on_token follows one prompt, not {len(prompts)}")
-    answers: list[list[int]] = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), _adapter(model, use_adapter), _unset_defaults(model):
-            done = 0
-            for group in _groups([len(prompt) for prompt in prompts], sampling.max_new_tokens, context_tokens):
-                longest = max(len(prompts[i]) for i in group)
-                room = max(1, (context_tokens or math.inf) - longest)
-                found = _generate_batch(
-                    model, [prompts[i] for i in group], stops=stop_token_ids, pad=pad_token_id, on_token=on_token,
-                    sampling=replace(sampling, max_new_tokens=int(min(sampling.max_new_tokens, room))),
-                )  # fmt: skip
-                for index, ids in zip(group, found, strict=True):
-                    answers[index] = ids
-                done += len(group)
-                if progress is not None:
-                    progress(done, len(prompts))
-    finally:
-        model.train(was_training)
-    return answers
+@dataclass(frozen=True, slots=True)
+class Answer:
+    ids: list[int]
+    """Without the stop token."""
+    stopped: bool
+    """By a stop token, not by max_new_tokens or the end of the context."""
 
 
-def _groups(lengths: Sequence[int], max_new_tokens: int, context_tokens: int | None) -> Iterator[list[int]]:
-    """Prompts of like length together, for little padding; those whose answer the context may end, each alone."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    whole = [i for i in order if context_tokens is None or lengths[i] + max_new_tokens <= context_tokens]
-    for start in range(0, len(whole), PROMPTS_A_BATCH):
-        yield whole[start : start + PROMPTS_A_BATCH]
-    for i in order[len(whole) :]:
-        yield [i]
+class Engine:
+    """Answers requests on a loaded base, with or without adapters."""
+
+    def __init__(
+        self, model: nn.Module, *, stop_token_ids: Sequence[int], pad_token_id: int, context_tokens: int | None
+    ) -> None:
+        """model: plain, or PEFT's with any number of adapters loaded.  Answers end where `context_tokens` ends.
+
+        Whether the base's rows can be slots is not believed but tried, with a few small forwards.
+        """
+        from onlay.generation.prove import Proven, prove_slots
+
+        self.model = model
+        self._stops, self._pad, self._context = frozenset(stop_token_ids), pad_token_id, context_tokens
+        self.notes: dict[str, str] = {}
+        """What is not done the fast way, and why: `batch`, `adapters`, `cuda_graph`."""
+        self._slots: Proven = prove_slots(model, context_tokens=context_tokens)
+        if self._slots.failure is not None:
+            self.notes["batch"] = f"fixed groups with the base's own cache, because {self._slots.failure}"
+        self._seen: tuple[str, ...] = ()
+        self._by_row = False
+        self._look()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, as they are now."""
+        from onlay.generation.adapters import loaded_adapters
+
+        return loaded_adapters(self.model)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        sampling: Sampling,
+        on_token: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the requests.
+
+        An answer is a function of sampling, the request and its index, but for the rounding of batches of other sizes.
+        `on_token(index, id)` is called with each new id but the stop token; `progress(done, total)` counts requests.
+        Raises DataError for an adapter that is not loaded and a prompt that is empty or fills the context, and
+        BaseModelError for a base that an adapter's biases have overwritten.
+        """
+        import torch
+
+        from onlay.generation.adapters import RowAdapters, base_of, refuse_mixing, switched
+
+        self._look()
+        self._check(requests)
+        refuse_mixing(self.model, {request.adapter for request in requests})
+        answers: dict[int, Answer] = {}
+
+        def done(index: int, ids: list[int], stopped: bool) -> None:
+            answers[index] = Answer(ids, stopped)
+            if progress is not None:
+                progress(len(answers), len(requests))
+
+        tell: dict[str, Any] = {"sampling": sampling, "on_token": on_token, "on_done": done}
+        groups = self._groups(requests)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for adapter, indices in groups:
+                    jobs = {i: requests[i] for i in indices}
+                    with ExitStack() as stack:
+                        rows = None
+                        if self._by_row:
+                            rows = stack.enter_context(RowAdapters(self.model))
+                            rows.expect([request.adapter for request in jobs.values()])
+                        else:
+                            stack.enter_context(switched(self.model, adapter))
+                            stack.enter_context(_sixteen_bit(self.model))
+                        self._answer(base_of(self.model), jobs, rows, tell)
+        finally:
+            self.model.train(was_training)
+        return [answers[i] for i in range(len(requests))]
+
+    def _look(self) -> None:
+        """How the adapters that are loaded now are told apart in a batch."""
+        from onlay.generation.adapters import why_not_by_row
+
+        if self.adapters == self._seen:
+            return
+        self._seen = self.adapters
+        reason = why_not_by_row(self.model) if self.adapters else None
+        if self._slots.failure is not None:
+            reason = "the base answers in fixed groups"
+        self._by_row = bool(self.adapters) and reason is None
+        self.notes.pop("adapters", None)
+        if self.adapters and reason is not None:
+            self.notes["adapters"] = f"one adapter at a time, because {reason}"
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        loaded = self.adapters
+        for index, request in enumerate(requests):
+            if request.adapter is not None and request.adapter not in loaded:
+                raise DataError(
+                    f"Request {index} asks for adapter {request.adapter}, which is not loaded.",
+                    f"Loaded are: {', '.join(loaded)}." if loaded else "Load it first: this is the base alone.",
+                )
+            if not request.prompt:
+                raise DataError(f"The prompt of request {index} has no tokens.", "Give at least one token.")
+            if self._context is not None and len(request.prompt) >= self._context:
+                raise DataError(
+                    f"The prompt of request {index} has {len(request.prompt):,} tokens; the context is {self._context:,}, "
+                    "answer included.",
+                    "Shorten it.",
+                )
+
+    def _groups(self, requests: Sequence[Request]) -> list[tuple[str | None, list[int]]]:
+        """Which requests are answered together: all of them, or those of each adapter."""
+        if self._by_row:
+            return [(None, list(range(len(requests))))] if requests else []
+        groups: dict[str | None, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.adapter, []).append(index)
+        return list(groups.items())
+
+    def _answer(self, base: Any, jobs: dict[int, Request], rows: Any, tell: dict[str, Any]) -> None:
+        from onlay.generation.decode import Job, Loop
+        from onlay.generation.fixed import generate_fixed
+        from onlay.generation.slots import Slots, attention
+
+        sampling: Sampling = tell["sampling"]
+        if sampling.max_new_tokens == 0:
+            for index in jobs:
+                tell["on_done"](index, [], False)
+            return
+        on_cuda = next(base.parameters()).device.type == "cuda"
+        longest = max(len(request.prompt) for request in jobs.values()) + sampling.max_new_tokens
+        longest = min(longest, self._context or longest)
+        if self._slots.failure is not None or longest > (self._slots.alone_over or longest):
+            # Rotary frequencies that change with the longest row of a batch: such rows are answered alone.
+            alone = longest > (self._slots.alone_over or longest)
+            if alone:
+                self.notes["batch"] = (
+                    f"each row alone, because rows of over {self._slots.alone_over:,} tokens change the others"
+                )
+            generate_fixed(
+                base, {i: request.prompt for i, request in jobs.items()}, stops=self._stops, pad=self._pad,
+                context_tokens=self._context, rows=1 if alone else min(ROWS_CPU, FIXED_ROWS), pads=self._slots.pads, **tell,
+            )  # fmt: skip
+            return
+        piece_tokens = PIECE_TOKENS_CUDA if on_cuda else PIECE_TOKENS_CPU
+        columns = longest + 1 + SPARE_COLUMNS
+        columns += -columns % (64 if on_cuda else 1)
+        width = min(len(jobs), self._width(columns))
+        order = sorted(jobs, key=lambda i: -len(jobs[i].prompt))
+        if rows is not None and not rows.all_stacked:
+            # Few adapters in a batch at a time.
+            order = sorted(order, key=lambda i: jobs[i].adapter or "")
+        slots = Slots(base, rows=width, columns=columns, longest=longest, piece_tokens=piece_tokens, graphs=on_cuda)
+        with attention(base, self._slots.attention):
+            Loop(
+                slots=slots, stops=self._stops, piece_tokens=piece_tokens, adapters=rows, lag=int(on_cuda),
+                jobs={i: Job(
+                    prompt=jobs[i].prompt, adapter=jobs[i].adapter,
+                    max_tokens=min(sampling.max_new_tokens, (self._context or longest) - len(jobs[i].prompt)),
+                ) for i in order},
+                **tell,
+            ).run()  # fmt: skip
+        if slots.graph_failure is not None:
+            self.notes["cuda_graph"] = f"a step is not captured: {slots.graph_failure}"
+
+    def _width(self, columns: int) -> int:
+        """Rows of a batch: as many as pay, and as the memory has room for."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            rows, room = ROWS_CPU, CACHE_BYTES_CPU
+        else:
+            rows, room = ROWS_CUDA, torch.cuda.mem_get_info(device)[0] // 2
+        return max(1, min(rows, room // max(1, columns * self._slots.bytes_a_token)))
 
 
-def _generate_batch(
-    model: nn.Module,
-    prompts: list[Sequence[int]],
-    *,
-    sampling: Sampling,
-    stops: Sequence[int],
-    pad: int,
-    on_token: Callable[[int], None] | None,
-) -> list[list[int]]:
-    import torch
-
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
-        mask[row, longest - len(prompt) :] = 1
-    ends = set(stops)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _sixteen_bit(model, device):
-        torch.manual_seed(sampling.seed)
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=_config(**_options(sampling), eos_token_id=list(stops), pad_token_id=pad),
-            streamer=_Stream(on_token, ends) if on_token is not None else None,
-        )
-    answers = []
-    for row in out[:, longest:].tolist():
-        end = next((i for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:end])
-    return answers
-
-
-def _config(**options: Any) -> Any:
-    from transformers import GenerationConfig
-
-    make: Any = GenerationConfig  # Its __init__ has no annotations.
-    return make(**options)
-
-
-def _options(sampling: Sampling) -> dict[str, Any]:
-    sampled = sampling.temperature > 0
-    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
-    return {
-        "max_new_tokens": sampling.max_new_tokens,
-        "do_sample": sampled,
-        "repetition_penalty": sampling.repetition_penalty,
-        "use_cache": True,
-        **drawing,
-    }
-
-
-def _sixteen_bit(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+def _sixteen_bit(model: nn.Module) -> AbstractContextManager[Any]:
     """The precision of training: adapters in float32 over a 16-bit base work through autocast there too."""
     import torch
 
     dtypes = {p.dtype for p in model.parameters()}
+    device: torch.device = next(model.parameters()).device
     half = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
     return torch.autocast(device.type, dtype=half) if half is not None and len(dtypes) > 1 else nullcontext()
-
-
-@contextmanager
-def _adapter(model: nn.Module, use: bool) -> Iterator[None]:
-    if use:
-        yield
-        return
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        raise ValueError("this model has no adapter to leave out")
-    with model.disable_adapter():
-        yield
-
-
-@contextmanager
-def _unset_defaults(model: Any) -> Iterator[None]:
-    """Without the base's generation_config.json, which would fill in what was not asked for: penalties, a least length."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = inner.generation_config
-    inner.generation_config = _config()
-    try:
-        yield
-    finally:
-        inner.generation_config = before
-
-
-class _Stream:
-    """What transformers' generate calls with each new token; the first call brings the prompt."""
-
-    def __init__(self, on_token: Callable[[int], None], stops: set[int]) -> None:
-        self._on_token = on_token
-        self._stops = stops
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            for token in value.flatten().tolist():
-                if token not in self._stops:
-                    self._on_token(token)
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass

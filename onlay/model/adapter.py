@@ -320,8 +320,10 @@ def base_identity(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def load_adapter(model: nn.Module, folder: Path, *, facts: ModelFacts, storage: str | None = None) -> PeftModel:
-    """Puts a saved adapter on its base, for use.
+def load_adapter(
+    model: nn.Module, folder: Path, *, facts: ModelFacts, storage: str | None = None, name: str = "default"
+) -> PeftModel:
+    """Puts a saved adapter on its base, for use; under a `name`, beside those that the model holds already.
 
     Raises OutputError when it is not there, and BaseModelError when it was trained on another base or a weight of it has
     no place in this one.  `storage` is how the base is kept; None does not look at that.
@@ -330,31 +332,59 @@ def load_adapter(model: nn.Module, folder: Path, *, facts: ModelFacts, storage: 
 
     check(folder, facts, storage=storage)
     adapter = read_adapter(folder)
-    modules = dict(model.named_modules())
-    for name, (outputs, inputs) in adapter.shapes.items():
-        found = _sizes(modules.get(name))
+    modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
+    for module, (outputs, inputs) in adapter.shapes.items():
+        found = _sizes(modules.get(module))
         if found != (outputs, inputs):
             here = "has no such layer" if found is None else f"has {found[0]:,} x {found[1]:,}"
             raise BaseModelError(
-                f"{folder} does not fit {facts.path}: {name} is {outputs:,} x {inputs:,} (outputs x inputs) in its base, this one {here}.",
+                f"{folder} does not fit {facts.path}: {module} is {outputs:,} x {inputs:,} (outputs x inputs) in its base, this one {here}.",
                 adapter.remedy,
             )
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    if isinstance(model, PeftModel):
+        adapted = model
+        adapted.load_adapter(str(folder), name, is_trainable=False)
+    else:
+        adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     # PEFT makes what the file does not hold anew, and leaves out what the model has no place for; of fused experts it
     # may have rewritten the names.
-    here = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    odd = sorted(key for key in here ^ set(adapter.tensors) if ".experts." not in key)
+    held = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
+    odd = sorted(key for key in held ^ set(adapter.tensors) if ".experts." not in key)
     if odd:
-        side = "is not in the adapter" if odd[0] in here else "has no place in this base"
+        side = "is not in the adapter" if odd[0] in held else "has no place in this base"
         raise BaseModelError(f"{folder} does not fit {facts.path}: {odd[0]} {side}.", adapter.remedy)
     adapted.eval()
     return adapted
 
 
+def load_adapters(
+    model: nn.Module, folders: Mapping[str, Path], *, facts: ModelFacts, storage: str | None = None
+) -> PeftModel:
+    """Puts saved adapters on one base, each under its name.  The first is active; raises as `load_adapter` does."""
+    assert folders
+    for name, folder in folders.items():
+        if "." in name or name in "lora_":
+            raise OutputError(
+                f"{name!r} cannot be an adapter's name.", "Use one without dots that is no part of `lora_`: support_2."
+            )
+        bias = read_adapter(folder).config.get("bias", "none")
+        if len(folders) > 1 and bias != "none":
+            raise BaseModelError(
+                f"{folder} was trained with bias = {bias}: its biases take the place of the base's, for all adapters.",
+                "Load it alone.",
+            )
+    for name, folder in folders.items():
+        model = load_adapter(model, folder, facts=facts, storage=storage, name=name)
+    return model  # type: ignore[return-value]
+
+
 def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
     """Outputs and inputs of a linear layer; None of what is no such layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None

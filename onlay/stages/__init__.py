@@ -7,15 +7,30 @@ from __future__ import annotations
 
 from onlay.stages.answering import Chat, LoadedHead, LoadedRun, chat, generate, open_head, open_run
 from onlay.stages.demonstrating import Demo, demo, held_out_rows
+from onlay.stages.evaluating import compare, evaluate
 from onlay.stages.events import Loading, Report
+from onlay.stages.fitting import compatible
 from onlay.stages.merging import merge
 from onlay.stages.preparing import Prepared, Source, look, prepare, prepare_source
+from onlay.stages.registering import (
+    diff,
+    find_version,
+    history,
+    promote,
+    pull,
+    push,
+    register,
+    rollback,
+    verify,
+    versions,
+)  # fmt: skip
 from onlay.stages.showing import log, schema, show
 from onlay.stages.starting import init
 from onlay.stages.training import train
 
 __all__ = [
     "Chat", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Source",
-    "chat", "demo", "generate", "held_out_rows", "init", "log", "look", "merge", "open_head", "open_run",
-    "prepare", "prepare_source", "schema", "show", "train",
+    "chat", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
+    "init", "log", "look", "merge", "open_head", "open_run", "prepare", "prepare_source", "promote", "pull", "push",
+    "register", "rollback", "schema", "show", "train", "verify", "versions",
 ]  # fmt: skip

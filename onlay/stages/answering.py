@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onlay.errors import DataError, OutputError
 from onlay.model.stack import import_stack
-from onlay.recipe import Recipe, read_recipe
+from onlay.recipe import ModelSection, Recipe, Storage, read_recipe
 from onlay.records import Dataset, ModelFacts, Run
 from onlay.stages.events import Loading, Report, silent, while_loading
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from onlay.data.labels import LabelledText
     from onlay.data.read import Turn
     from onlay.data.template import ChatTemplate
-    from onlay.generation.engine import Sampling
+    from onlay.generation.engine import Engine, Sampling
     from onlay.model.head import ClassificationHead
 
 
@@ -39,6 +40,15 @@ class LoadedRun:
 
         return pad_token_id(self.tokenizer)
 
+    @cached_property
+    def engine(self) -> Engine:
+        from onlay.generation.engine import Engine
+
+        return Engine(
+            self.model, stop_token_ids=self.dataset.stop_token_ids, pad_token_id=self.pad_token_id,
+            context_tokens=self.facts.context_tokens,
+        )  # fmt: skip
+
     def answer(
         self,
         conversations: Sequence[Sequence[Turn]],
@@ -49,7 +59,7 @@ class LoadedRun:
         report: Report = silent,
     ) -> list[str]:
         """The next assistant turn of each conversation; never longer than the base's context leaves room for."""
-        from onlay.generation.engine import generate as run_engine
+        from onlay.generation.engine import Request
 
         prompts = [self.template.encode_prompt(turns) for turns in conversations]
         longest, context = max(map(len, prompts), default=0), self.facts.context_tokens
@@ -59,20 +69,16 @@ class LoadedRun:
                 "Shorten it, or start a new conversation.",
             )
         stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
-        ids = run_engine(
-            self.model,
-            prompts,
+        adapter = self.engine.adapters[0] if use_adapter and self.engine.adapters else None
+        answers = self.engine.generate(
+            [Request(prompt, adapter) for prompt in prompts],
             sampling=sampling,
-            stop_token_ids=self.dataset.stop_token_ids,
-            pad_token_id=self.pad_token_id,
-            context_tokens=context,
-            use_adapter=use_adapter,
-            on_token=stream.add if stream is not None else None,
+            on_token=(lambda _, token: stream.add(token)) if stream is not None else None,
             progress=lambda done, total: report(Loading("answering", done, total)),
         )
         if stream is not None:
             stream.finish()
-        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+        return [self.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
 
 
 class _TextStream:
@@ -122,35 +128,64 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = sile
     if not (folder / ("model" if full else "adapter")).is_dir():
         raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
 
-    import_stack()
     from onlay.data.template import ChatTemplate
+
+    section, adapters = recipe.model, {}
+    if full:
+        section = section.model_copy(update={"base": str(folder / "model"), "weights": "pretrained", "revision": None})
+    else:
+        adapters = {"default": folder / "adapter"}
+        section = section.model_copy(update={"storage": trained_storage(folder / "adapter", section)})
+    opened = open_model(section, adapters, report=report)
+    return LoadedRun(
+        recipe=recipe, facts=opened.facts, dataset=Dataset.load(folder), model=opened.model, tokenizer=opened.tokenizer,
+        template=ChatTemplate(opened.tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A base in memory, with adapters on it or none."""
+
+    facts: ModelFacts
+    model: Any
+    tokenizer: Any
+
+
+def open_model(section: ModelSection, adapters: Mapping[str, Path], *, report: Report = silent) -> Opened:
+    """Loads a base and puts adapters on it, each under its name, after their headers were compared.  Raises OnlayError."""
+    import_stack()
     from onlay.hardware import find_hardware
-    from onlay.model.adapter import load_adapter
+    from onlay.model.adapter import load_adapters
     from onlay.model.compatibility import check
     from onlay.model.facts import read_facts
     from onlay.model.load import load_base
     from onlay.model.tokenizer import load_tokenizer
 
-    section = recipe.model
-    if full:
-        section = section.model_copy(update={"base": str(folder / "model"), "weights": "pretrained", "revision": None})
     facts = read_facts(section)
-    if not full:
-        check(folder / "adapter", facts)  # Before anything large is read.
+    for folder in adapters.values():
+        check(folder, facts)  # Before anything large is read.
     report(f"loading {facts.name}")
     tokenizer = load_tokenizer(facts, trust_remote_code=section.trust_remote_code)
     base = load_base(facts, section, find_hardware(), progress=while_loading(report), spread=True)
     if "placement" in base.notes:
         report(f"{facts.name} is larger than the first GPU: {base.notes['placement']}")
     model: Any = base.model
-    if not full:
-        for note in check(folder / "adapter", facts, storage=base.storage):
+    for folder in adapters.values():
+        for note in check(folder, facts, storage=base.storage):
             report(note)
-        model = load_adapter(model, folder / "adapter", facts=facts, storage=base.storage)
-    return LoadedRun(
-        recipe=recipe, facts=facts, dataset=Dataset.load(folder), model=model, tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on),
-    )  # fmt: skip
+    if adapters:
+        model = load_adapters(model, adapters, facts=facts, storage=base.storage)
+    return Opened(facts=facts, model=model, tokenizer=tokenizer)
+
+
+def trained_storage(adapter: Path, section: ModelSection) -> Storage:
+    """How the base was kept in training, where `auto` was decided then: noted beside the adapter."""
+    path = adapter / "onlay.json"
+    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    storage: Storage = notes.get("storage") or section.storage
+    # Adapters from before there was a choice say nothing; their bases were not quantized.
+    return "bf16" if storage == "auto" else storage
 
 
 def generate(

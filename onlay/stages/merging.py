@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from onlay import ledger
@@ -10,6 +9,7 @@ from onlay.errors import OutputError
 from onlay.model.stack import import_stack
 from onlay.recipe import Recipe, read_recipe
 from onlay.records import Dataset, Merge, Run
+from onlay.stages.answering import trained_storage
 from onlay.stages.events import Loading, Report, silent
 
 
@@ -44,7 +44,7 @@ def merge(
     facts = read_facts(recipe.model, progress=lambda so_far, total: report(Loading("fetching the base", so_far, total)))
     job = Job(
         run=done, recipe=recipe, facts=facts, dataset=dataset, adapter=folder / "adapter", out=Path(out), into=into,
-        storage=_trained_storage(folder, recipe), examples=open_split(dataset, split), split=split, rows=rows,
+        storage=trained_storage(folder / "adapter", recipe.model), examples=open_split(dataset, split), split=split, rows=rows,
         max_difference=max_difference, hardware=find_hardware(),
         report=lambda what, so_far, total: report(Loading(what, so_far, total)),
     )  # fmt: skip
@@ -75,12 +75,3 @@ def _check_mergeable(folder: Path, run: Run, recipe: Recipe, *, out: Path, into:
         raise OutputError(f"--into {into} is none of auto, original, quantized.", "Leave it out for auto.")
     if rows < 1:
         raise OutputError(f"--rows {rows} compares nothing.", "Give at least 1.")
-
-
-def _trained_storage(folder: Path, recipe: Recipe) -> str:
-    """How the base was kept in training: noted beside the adapter, since `auto` was decided there."""
-    path = folder / "adapter" / "onlay.json"
-    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    storage = notes.get("storage") or recipe.model.storage
-    # Runs from before there was a choice say nothing; theirs was not quantized.
-    return "bf16" if storage == "auto" else str(storage)

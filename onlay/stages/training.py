@@ -49,6 +49,9 @@ def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
     if run.status == "finished":
         raise OutputError(f"{folder} is finished.", f"onlay generate {folder} --prompt '...', or train anew for more.")
     recipe = read_recipe(folder / "recipe.yaml")
+    if recipe.model.storage == "auto":
+        # As it was decided when the run began, whatever this machine would choose.
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"storage": run.storage})})
     check_device(recipe)
     source = look(recipe, report=report)
     trained_on = ModelFacts.load(folder)
@@ -95,6 +98,7 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
             f"The rows of {recipe.data.train} are no longer those that {folder} was begun with.",
             "Put the file back, or start a new run.",
         )
+    _tell_smallest_difference(prepared, report)
     hardware = find_hardware()
     digesting = Digesting(facts, ledger.home()) if devices.is_main else None
     report(f"loading {facts.name}")
@@ -127,6 +131,25 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     if devices.is_main:
         ledger.append(run, folder)
     return run
+
+
+def _tell_smallest_difference(prepared: Prepared, report: Report) -> None:
+    """How much better the result must be for its held-out rows to show it."""
+    from onlay.evaluation.compare import smallest_difference, told_size
+    from onlay.evaluation.scores import SCORES
+
+    held_out = prepared.dataset.splits.get("evaluation")
+    if held_out is None or prepared.dataset.labels:
+        return
+    rows = min(held_out.rows, prepared.source.recipe.evaluation.answer_rows)
+    score = SCORES["exact_match"]
+    least = smallest_difference(score, rows=rows)
+    shown = (
+        "no difference at all"
+        if least is None
+        else f"a difference of {told_size(score, least)} or more in four trials of five"
+    )
+    report(f"{rows:,} held-out rows will show {shown} (yes/no scores; a fifth of the rows taken to differ)")
 
 
 def _loftq_factors(recipe: Recipe, folder: Path, *, resume: bool) -> LoftqFactors | None:

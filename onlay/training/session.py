@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import platform
+import hashlib
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from onlay import __version__
 from onlay.errors import OnlayError, OutputError, TrainingError
 from onlay.model.adapter import attach, held_parts, save_adapter
 from onlay.model.attention import Layout, choose_layout, use_attention
@@ -30,6 +27,7 @@ from onlay.model.head import ClassificationHead, attach_head, save_head
 from onlay.model.initialize import Held, LoftqFactors
 from onlay.model.load import Base, quiet_transformers, weight_checksums
 from onlay.model.recompute import Recompute
+from onlay.model.stack import describe_stack
 from onlay.recipe import FullTuning, HeadAdapter, LoftqAdapter, LoraAdapter, PissaAdapter, Recipe
 from onlay.records import Checkpoint, Dataset, ModelFacts, Recovery, Run
 from onlay.training.batches import Batches, Examples
@@ -121,7 +119,7 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     task.snapshots.load(checkpoints.load_snapshots(progress.step))
     run = Run(
         sources={"recipe": recipe.digest, "model": parts.facts.digest, "dataset": parts.dataset.digest},
-        path=str(parts.folder), method=recipe.adapter.method, status="running", started=started, seconds=progress.seconds, steps=progress.step,
+        path=str(parts.folder), method=recipe.adapter.method, storage=base.storage, status="running", started=started, seconds=progress.seconds, steps=progress.step,
         total_steps=task.total_steps, examples=len(parts.train_examples), trained_tokens=progress.trained_tokens,
         trainable_parameters=sum(p.numel() for p in trainable.values()) - sum(value.numel() for _, value in held.values()), fast_paths=fast_paths, environment=environment(devices),
     )  # fmt: skip
@@ -430,6 +428,12 @@ def _finish(
     })  # fmt: skip
     if parts.devices.is_main:
         _export(parts, run, model)
+        artefact = parts.folder / parts.recipe.adapter.artefact
+        if artefact.name != "model":  # A whole model is not registered, and takes long to read.
+            saved = {
+                p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(artefact.iterdir()) if p.is_file()
+            }
+            run = run.model_copy(update={"proofs": run.proofs | {"artefact_sha256": saved}})
     unfuse(model)
     use_attention(parts.base.model, parts.base.attention)
     parts.devices.wait()
@@ -494,14 +498,4 @@ def _save_run(parts: Parts, run: Run) -> None:
 
 def environment(devices: Devices) -> dict[str, str]:
     """What the numbers of a run depend on."""
-    name = (
-        torch.cuda.get_device_name(devices.device)
-        if devices.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = ("torch", "transformers", "peft", "accelerate")
-    return {
-        "device": name, "devices": str(devices.world), "threads": str(torch.get_num_threads()), "python": platform.python_version(),
-        "onlay": __version__, **{package: version(package) for package in packages},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }  # fmt: skip
+    return {"devices": str(devices.world)} | describe_stack(devices.device)

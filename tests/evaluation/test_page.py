@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onlay.errors import OutputError
+from onlay.evaluation.compare import verdict
+from onlay.evaluation.likelihood import NATS
+from onlay.evaluation.page import MOST_CHARACTERS, MOST_EXAMPLES, page, tiles, write_page
+from onlay.evaluation.scores import SCORES
+from onlay.evaluation.units import outcome, unit_of
+from onlay.records import Report
+from tests.evaluation.reports import answer_row, bare_report, comparison, full_report, metrics
+
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
+
+
+class Parsed(HTMLParser):
+    """Elements with attributes and their text; fails where tags are not nested."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[int, str]] = []
+        self.open: list[int] = []
+        self.parents: list[int | None] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.parents.append(self.open[-1] if self.open else None)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self.open[-1]][0] == tag
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else -1, data))
+
+    def within(self, element: int | None, ancestor: int) -> bool:
+        while element is not None and element != -1 and element != ancestor:
+            element = self.parents[element]
+        return element == ancestor
+
+    def find(self, tag: str, **attributes: str) -> list[int]:
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        return [
+            place
+            for place, (name, given) in enumerate(self.elements)
+            if name == tag and all(value in (given.get(key) or "").split() for key, value in wanted.items())
+        ]
+
+    def text(self, element: int | None = None) -> str:
+        """Of one element, or of the whole page without its styles."""
+        kept = [
+            text for place, text in self.texts
+            if (element is None or self.within(place, element)) and (place < 0 or self.elements[place][0] != "style")
+        ]  # fmt: skip
+        return " ".join("".join(kept).split()).replace("\u00a0", " ")
+
+
+def parsed(report: Report, *, answers: Any = (), events: Any = ()) -> Parsed:
+    return Parsed(page(report, answers=list(answers), metrics=list(events)))
+
+
+def a_row_of_each_kind() -> list[dict[str, Any]]:
+    wrong, right = "No.", "Open the settings and press Reset."
+    kinds = [(wrong, right), (right, wrong), (wrong, wrong), (right, right)]
+    return [
+        answer_row(
+            number,
+            answers={"base": base, "adapter": ours},
+            scores={"base": {"exact_match": float(base == right)}, "adapter": {"exact_match": float(ours == right)}},
+        )
+        for number, (base, ours) in enumerate(kinds)
+    ]
+
+
+def test_the_first_page_says_whether_why_against_what_and_at_what_risk() -> None:
+    report = full_report()
+    found = parsed(report, answers=a_row_of_each_kind(), events=metrics())
+    first = found.text(found.find("section")[0])
+    assert "Do not ship 2 of 4 gates are not passed." in found.text(found.find("header")[0])
+    for told in [*report.reasons, *report.risks, *report.systems, *report.systems.values(), report.data]:
+        assert told in first
+    for gate in report.gates:
+        assert gate.reason in first
+    assert "300 rows" in first and first.count("✓ passed") == 2 and first.count("✕ failed") == 2
+    assert "not measured" in first  # the latency gate
+
+
+def test_what_follows_is_all_there() -> None:
+    report = full_report()
+    found = parsed(report, answers=a_row_of_each_kind(), events=metrics())
+    assert [found.elements[place][1].get("id") for place in found.find("section")][1:] == [
+        "scores", "judged", "forgetting", "safety", "likelihood", "training", "causes", "examples", "made",
+    ]  # fmt: skip
+    text = found.text()
+    for one in [*report.comparisons, *report.forgetting, *report.safety]:
+        assert one.verdict in text
+    for likelihood in report.likelihood:
+        assert f"{likelihood.nats_per_token:.4f}" in text
+    for told in [
+        *report.likely_causes,
+        *report.sources.values(),
+        *report.environment.values(),
+        report.digest,
+        report.data_digest,
+    ]:
+        assert told in text
+    assert "bleu 3.1 points" in text
+    assert len(found.find("svg")) == 5
+
+
+def test_a_report_with_almost_nothing() -> None:
+    found = parsed(bare_report())
+    text = found.text()
+    assert "Not decided" in text and "The recipe has no gates" in text and "Exact match" not in text
+    assert "One system answered" in text and text.count("not measured") == 2
+    assert len(found.find("svg")) == 1 and found.find("article") == []
+    nothing = parsed(bare_report(scores={}))
+    assert nothing.find("svg") == [] and nothing.text().count("not measured") == 3
+
+
+@pytest.mark.parametrize(
+    ("passed", "told"),
+    [([True], "The gate is passed."), ([True, True], "All 2 gates"), ([True, False], "1 of 2 gates is not")],
+)
+def test_gates_in_a_sentence(passed: list[bool], told: str) -> None:
+    gates = [full_report().gates[0].model_copy(update={"passed": one}) for one in passed]
+    verdict = "ship" if all(passed) else "do not ship"
+    assert told in parsed(bare_report(gates=gates, verdict=verdict)).text()
+
+
+def test_nothing_from_outside_becomes_markup_and_nothing_is_fetched() -> None:
+    names = {f"base{EVIL}": EVIL, f"adapter{EVIL}": EVIL}
+    base, ours = names
+    one = comparison(f"score{EVIL}", against=base, system=ours, verdict=EVIL)
+    report = full_report(
+        system=ours, systems=names, data=EVIL, base=EVIL, reasons=[EVIL], risks=[EVIL], likely_causes=[EVIL],
+        comparisons=[one], forgetting=[one], safety=[one], environment={EVIL: EVIL, "command": EVIL}, path=EVIL,
+        scores={base: {one.score: 0.2}, ours: {one.score: 0.3}}, smallest_difference={one.score: 0.1}, sources={EVIL: EVIL},
+        gates=[full_report().gates[0].model_copy(update={"name": EVIL, "reason": EVIL})],
+        judged=[full_report().judged[0].model_copy(update={"judge": EVIL, "system": ours, "against": base})],
+        likelihood=[full_report().likelihood[0].model_copy(update={"text": EVIL, "system": ours})],
+    )  # fmt: skip
+    row = answer_row(
+        0,
+        place=EVIL,
+        prompt=[{"role": EVIL, "content": EVIL}, {"role": "assistant", "content": None, "tool_calls": [{"name": EVIL}]}]
+        * 2,
+        expected=f"{EVIL} one two",
+        answers={base: f"{EVIL} three", ours: EVIL * 40},
+        scores={base: {one.score: 0.0}, ours: {one.score: 1.0}},
+    )
+    recovery = {"event": "recovery", "step": 3, "reason": EVIL, "detail": EVIL, "action": EVIL}
+    html = page(report, answers=[row], metrics=[*metrics(9), recovery])
+    found = Parsed(html)
+    # The text is there, as text.
+    assert found.text().count("<script>alert('x')</script>") > 30
+    assert {tag for tag, _ in found.elements} <= {
+        "html", "head", "meta", "title", "style", "body", "main", "header", "section", "article", "p", "h1", "h2", "h3",
+        "span", "strong", "code", "pre", "ul", "ol", "li", "dl", "div", "dt", "dd", "table", "caption", "thead", "tbody",
+        "tr", "th", "td", "figure", "figcaption", "details", "summary", "ins", "del", "fieldset", "legend", "input",
+        "label", "svg", "g", "path", "line", "text", "rect", "desc",
+    }  # fmt: skip
+    for _, attributes in found.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "style")]
+    policy = [given["content"] for tag, given in found.elements if given.get("http-equiv") == "Content-Security-Policy"]
+    assert policy and policy[0] is not None and policy[0].startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert "url(" not in html and "@import" not in html
+
+
+def test_it_can_be_read_without_eyes_or_colours() -> None:
+    found = parsed(full_report(), answers=a_row_of_each_kind(), events=metrics())
+    assert len(found.find("h1")) == 1 and found.elements[0] == ("html", {"lang": "en"})
+    for place in found.find("th"):
+        assert found.elements[place][1]["scope"] in ("row", "col")
+    ids = [given["id"] for _, given in found.elements if "id" in given]
+    assert len(ids) == len(set(ids))
+    for place in found.find("svg"):
+        given = found.elements[place][1]
+        assert given["role"] == "img"
+        assert {*str(given["aria-labelledby"]).split()} <= set(ids)
+    labels = {found.elements[place][1]["for"] for place in found.find("label")}
+    assert labels == {found.elements[place][1]["id"] for place in found.find("input")}
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2, contrast ratio."""
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_contrast_of_every_text_colour_in_light_dark_and_print() -> None:
+    html = page(bare_report(), answers=[], metrics=[])
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.S)]
+    assert len(themes) == 3
+    for theme in themes:
+        for ink in ("ink", "muted", "better", "worse", "same", "accent"):
+            assert min(contrast(theme[ink], theme[ground]) for ground in ("page", "panel")) >= 4.5
+        assert min(contrast(theme["ink"], theme[ground]) for ground in ("ins", "del")) >= 7
+        assert contrast(theme["bar"], theme["page"]) > 1.5
+
+
+def test_examples_show_every_answer_with_its_differences() -> None:
+    row = answer_row(
+        0, expected="press the red button", answers={"base": "push a lever", "adapter": "press the blue button"}
+    )
+    found = parsed(full_report(), answers=[row])
+    (article,) = found.find("article")
+    assert [found.text(place) for place in found.find("ins") if found.within(place, article)] == ["blue"]
+    assert [found.text(place) for place in found.find("del") if found.within(place, article)] == ["red"]
+    text = found.text(article)
+    assert "Question 0?" in text and "push a lever" in text and "exact match 1" in text and "support.jsonl:1" in text
+
+
+def test_examples_are_filtered_by_kind_and_the_rest_is_counted() -> None:
+    rows = [dict(row, row=4 * turn + row["row"]) for turn in range(30) for row in a_row_of_each_kind()]
+    html = page(full_report(), answers=rows, metrics=[])
+    found = Parsed(html)
+    assert len(found.find("article")) == MOST_EXAMPLES
+    for kind in ("fixed", "broken", "neither"):
+        assert len(found.find("article", class_=kind)) == 20
+        assert f".filter:has(#kind-{kind}:checked) .example:not(.{kind})" in html
+    assert (
+        "fixed 20 of 30" in found.text()
+        and "30 both right not shown" in found.text()
+        and "all 60 of 120" in found.text()
+    )
+    assert html == page(full_report(), answers=rows, metrics=[])
+
+
+def test_long_texts_fold_and_very_long_ones_are_cut_and_counted() -> None:
+    row = answer_row(0, answers={"base": "word " * 200, "adapter": "x" * (MOST_CHARACTERS + 5)})
+    found = parsed(full_report(), answers=[row])
+    folded = found.find("details", class_="long")
+    assert len(folded) == 2
+    assert "(1,000 characters)" in found.text(folded[0]) and "5 more characters are in answers.jsonl" in found.text(
+        folded[1]
+    )
+
+
+def test_an_empty_answer_and_white_space_are_named() -> None:
+    row = answer_row(0, expected="a b", answers={"base": " ", "adapter": "a\n\nb"})
+    text = parsed(full_report(), answers=[row]).text()
+    assert "empty answer" in text and "differs from the expected answer in white space alone" in text
+
+
+def test_characters_that_no_file_can_hold_do_not_stop_it(tmp_path: Path) -> None:
+    row = answer_row(0, expected="\ud800", answers={"base": "\x00\x1b[2J", "adapter": "ok"})
+    path = write_page(full_report(), folder=tmp_path / "new", answers=[row], metrics=[])
+    assert path == tmp_path / "new" / "report.html"
+    assert "\x1b" not in path.read_text(encoding="utf-8")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OutputError, match=r"report\.html could not be written"):
+        write_page(bare_report(), folder=tmp_path, answers=[], metrics=[])
+
+
+def test_a_judge_that_was_asked_once_has_no_consistency() -> None:
+    one = full_report().judged[0].model_copy(update={"consistency": None, "first_slot_wins": None})
+    text = parsed(full_report(judged=[one])).text()
+    assert "not asked–" in text
+
+
+def test_many_systems() -> None:
+    names = [f"adapter-{number}" for number in range(24)]
+    report = full_report(
+        systems=dict.fromkeys(names, "x"), scores={name: {"exact_match": 0.5} for name in names}, system=names[0],
+        comparisons=[comparison(against=name, system=names[0]) for name in names[1:]],
+    )  # fmt: skip
+    found = parsed(report)
+    assert len(found.find("g", class_="bar")) >= 24 and len(found.find("g", class_="better")) >= 23
+
+
+def test_tiles_name_the_worst_and_say_what_is_missing() -> None:
+    by_label = {tile.label: tile for tile in tiles(full_report())}
+    assert by_label["exact match against base"].number == "+12.4 points"
+    assert by_label["Forgetting: nats per token"].outcome == "worse"
+    assert by_label["Detectable"].number == "5.1 points"
+    # None is worse: the one that is nearest to it.
+    assert by_label["Safety: refused harmful"].outcome == "same"
+
+
+def test_units() -> None:
+    share, bleu, nats = (
+        unit_of("exact_match", [0.5, 1.0, None]),
+        unit_of("bleu", [0.5]),
+        unit_of("nats_per_token", [0.5]),
+    )
+    assert (share.value(0.713), share.number(-0.0284), share.difference(0.1)) == ("71.3 %", "−2.8", "+10.0 points")
+    assert (share.number(-0.0001), share.value(None)) == ("0.0", "–")
+    assert (bleu.value(31.23), nats.difference(0.0212)) == ("31.2", "+0.021 nats")
+    assert unit_of("word_perplexity", [12.5]).value(1234.5) == "1,234.500"
+
+
+def test_units_and_outcomes_are_those_of_the_scores_and_of_the_verdicts() -> None:
+    for score in [*SCORES.values(), NATS]:
+        values = [0.5] if score.unit == "share" else [31.2]
+        assert unit_of(score.name, values).factor == (100.0 if score.unit == "share" else 1.0)
+        for difference, p_value in ((0.2, 0.01), (-0.2, 0.01), (0.2, 0.05), (0.0, 0.01)):
+            told = verdict(score, difference, low=difference - 0.1, high=difference + 0.1, p_value=p_value)
+            one = comparison(
+                score.name, difference=difference, p_value=p_value, higher_is_better=score.higher_is_better
+            )
+            assert told.startswith({"same": "no difference"}.get(outcome(one), outcome(one)))
