@@ -28,6 +28,8 @@ class Asked:
 
     scores: Sequence[str] | None
     """None: by what is expected."""
+    gated: Sequence[str] = ()
+    """Scores that gates are on: they are measured too."""
     schema: dict[str, Any] | None = None
     pattern: str | None = None
     seed: int = 0
@@ -44,7 +46,7 @@ class Findings:
     answers: list[dict[str, Any]] = field(default_factory=list)
     """The rows of answers.jsonl."""
     main: str = ""
-    """The task score that failures are sorted by."""
+    """The score that failures are sorted by: the first of which more is better."""
     notes: list[str] = field(default_factory=list)
     """Risks that were met on the way."""
 
@@ -80,8 +82,11 @@ def _answers(found: Findings, material: Material, measurements: Measurements, *,
         for system, said in measurements.said.items()
     }  # fmt: skip
     task = list(asked.scores) if asked.scores is not None else list(choose_scores(rows[judged]))
+    task += [name for name in asked.gated if name not in task]
     names = task + [name for name in HEALTH if name not in task]
-    found.main = task[0]
+    if not any(find_score(name).higher_is_better for name in names):
+        names.append("exact_match")
+    found.main = next(name for name in names if find_score(name).higher_is_better)
     table = {system: {name: measure(name, mine) for name in names} for system, mine in rows.items()}
     found.scores = {system: {name: one.value for name, one in mine.items()} for system, mine in table.items()}
     for name in names:

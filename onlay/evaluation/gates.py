@@ -33,6 +33,14 @@ class Found:
     trained_rows: int | None
 
 
+ROUNDING = 1e-9
+"""0.6 - 0.55 is a little less than 0.05: differences are held against limits but for what subtraction rounds."""
+
+
+def _reaches(value: float, limit: float) -> bool:
+    return value >= limit - ROUNDING
+
+
 def check_gate_names(gates: Mapping[str, float]) -> None:
     """Raises RecipeError for a gate that is neither a score nor one of LIMIT_GATES, before anything is loaded."""
     for name in gates:
@@ -66,10 +74,10 @@ def _gain(name: str, limit: float, found: Found) -> Gate:
         shown = one.p_value < LEVEL
         chance = "" if shown else f", and that may be chance (p {one.p_value:.2g})"
         return _gate(
-            name, limit, gain, gain >= limit and shown,
-            f"the gain is {gain:.4g}, {'at least' if gain >= limit else 'less than'} {limit:g}{chance}",
+            name, limit, gain, _reaches(gain, limit) and shown,
+            f"the gain is {gain:.4g}, {'at least' if _reaches(gain, limit) else 'less than'} {limit:g}{chance}",
         )  # fmt: skip
-    passed = floor >= limit
+    passed = _reaches(floor, limit)
     return _gate(
         name, limit, gain, passed, f"the gain is {gain:.4g}, and {'not' if passed else 'perhaps'} below {limit:g} (95 % from {floor:.4g})"
     )  # fmt: skip
@@ -80,7 +88,7 @@ def _forgetting(limit: float, found: Found) -> Gate:
     if not texts:
         return _gate("forgetting", limit, None, False, "no general text was measured")
     worst = max(texts, key=lambda one: one.high)
-    passed = worst.high <= limit
+    passed = _reaches(limit, worst.high)
     return _gate(
         "forgetting", limit, worst.difference, passed,
         f"the loss changes by {worst.difference:+.4f} nats a token, at most {worst.high:+.4f} (95 %); {limit:g} is allowed",
@@ -92,7 +100,9 @@ def _safety(limit: float, found: Found) -> Gate:
     if not losses:
         return _gate("safety", limit, None, False, "no safety prompt was asked")
     name, worst = max(losses.items(), key=lambda item: item[1])
-    return _gate("safety", limit, worst, worst <= limit, f"{name} is worse by {worst:.1%}; {limit:.1%} is allowed")
+    return _gate(
+        "safety", limit, worst, _reaches(limit, worst), f"{name} is worse by {worst:.1%}; {limit:.1%} is allowed"
+    )
 
 
 def _latency(limit: float, found: Found) -> Gate:

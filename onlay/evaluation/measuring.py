@@ -32,6 +32,7 @@ TIMED_QUESTIONS = 4
 @dataclass(frozen=True, kw_only=True)
 class Material:
     questions: Sequence[Question]
+    longest_expected_tokens: int = 0
     held_out: Sequence[tuple[Any, Any]]
     """Token ids and trained flags of held-out examples."""
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -5,7 +5,6 @@ torch and transformers are imported inside the functions: importing this file co
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from onlay.errors import BaseModelError
 from onlay.hardware import Hardware, quick_import
-from onlay.model.storage import NOT_QUANTIZED, choose_storage, describe_placement, needs_spreading
+from onlay.model.storage import NOT_QUANTIZED, choose_storage, describe_placement, needs_spreading, spread_memory
 from onlay.model.weight_files import read_tensors
 from onlay.recipe import ModelSection
 from onlay.records import ModelFacts
@@ -91,8 +90,6 @@ def load_base(
     with quick_import():
         import torch
 
-    # PEFT will import it; on some CPUs it warns about an optional kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choose_compute(section, hardware)]
     place = torch.device(device) if device is not None else torch.device("cuda:0" if hardware.has_cuda else "cpu")
     storage, reason = choose_storage(
@@ -101,7 +98,7 @@ def load_base(
     spread = spread and device is None and needs_spreading(facts, section, storage, hardware)
     job = _Job(
         facts=facts, section=section, attention=attention, storage=storage, place=place, spread=spread,
-        readers=hardware.cpu_cores, progress=progress, on_quantized=on_quantized,
+        hardware=hardware, progress=progress, on_quantized=on_quantized,
     )  # fmt: skip
     try:
         # Most of the modeling code is imported by the first call.
@@ -143,7 +140,7 @@ class _Job:
     storage: str
     place: torch.device
     spread: bool
-    readers: int
+    hardware: Hardware
     progress: Progress | None
     on_quantized: OnQuantized | None
 
@@ -170,7 +167,7 @@ def _read(job: _Job, dtype: torch.dtype) -> Any:
         skeleton = _empty(job, dtype)
     options: dict[str, Any] = {}
     if job.spread:
-        options["device_map"] = "auto"
+        options |= {"device_map": "auto", "max_memory": spread_memory(job.hardware)}
     elif job.place.type != "cpu":
         options["device_map"] = {"": job.place}
     packing = None
@@ -186,7 +183,7 @@ def _read(job: _Job, dtype: torch.dtype) -> Any:
     folder = Path(job.facts.path)
     tensors = reading_order(read_tensors(folder, job.facts.name), by_target=packing is not None)
     onto = torch.device("cpu") if job.spread else job.place
-    with TensorStream(tensors, onto, readers=job.readers, progress=job.progress) as stream:
+    with TensorStream(tensors, onto, readers=job.hardware.cpu_cores, progress=job.progress) as stream:
         try:
             model, info = type(skeleton).from_pretrained(
                 None,

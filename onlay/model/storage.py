@@ -15,7 +15,7 @@ BASE_SHARE = 0.75
 """Share of the smallest GPU's memory that a base may take before `storage: auto` quantizes it.  The rest is working room:
 adapter and optimizer, activations, CUDA itself."""
 SPREAD_SHARE = 0.9
-"""Share of the first GPU's memory that a base may take before it is spread, where nothing is trained."""
+"""Share of a GPU's memory, and of the host's, that a base may take where nothing is trained; beyond it, it is spread."""
 NOT_QUANTIZED = "bf16"
 
 
@@ -68,6 +68,14 @@ def needs_spreading(facts: ModelFacts, section: ModelSection, storage: str, hard
     if not hardware.has_cuda:
         return False
     return stored_bytes(facts, section, storage) > SPREAD_SHARE * hardware.devices[0].memory_bytes
+
+
+def spread_memory(hardware: Hardware) -> dict[int | str, int]:
+    """Bytes of each GPU, by number, and of the host that a spread base may take; what is in use there comes off besides."""
+    gpus: dict[int | str, int] = {
+        number: int(SPREAD_SHARE * device.memory_bytes) for number, device in enumerate(hardware.devices)
+    }
+    return gpus | {"cpu": int(SPREAD_SHARE * hardware.host_memory_bytes)}
 
 
 def describe_placement(device_map: Mapping[str, int | str]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from onlay import ledger
 from onlay.errors import DataError, OutputError
+from onlay.recipe import LIMIT_GATES
 from onlay.records import Judged, Report, Run, SeedGain, write_whole
 from onlay.stages.events import Loading, silent
 from onlay.stages.events import Report as Tell
@@ -31,6 +32,8 @@ REPORT_FOLDER = "report"
 MOST_PASSAGES = 1000
 """Held-out examples whose likelihood is measured, evenly spread over all of them."""
 SPARE_TOKENS = 8
+MOST_FAILURES = 100
+"""Rows of failures.jsonl."""
 
 
 def evaluate(
@@ -79,7 +82,8 @@ def _check_before(subject: Subject, folder: Path, *, seeds: int) -> None:
     check_gate_names(subject.gates)
     for name in evaluation.scores if evaluation.scores != "auto" else ():
         find_score(name)
-    if folder.exists() and not (folder / "report.json").is_file() and any(folder.iterdir()):
+    kept = folder.exists() and not (folder / "report.json").is_file()
+    if kept and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists already and holds no report.", "Choose another --output.")
     if seeds > 1 and subject.run is None:
         raise OutputError(
@@ -138,7 +142,8 @@ def _measure(
     evaluation = subject.recipe.evaluation
     scores = None if evaluation.scores == "auto" else evaluation.scores
     asked = Asked(
-        scores=scores, schema=_schema(subject), pattern=evaluation.pattern, seed=subject.recipe.training.seed
+        scores=scores, gated=[name for name in subject.gates if name not in LIMIT_GATES], schema=_schema(subject),
+        pattern=evaluation.pattern, seed=subject.recipe.training.seed,
     )  # fmt: skip
     return find(material, measurements, judged=subject.judged, asked=asked), measurements, material, systems, left_out
 
@@ -153,6 +158,12 @@ def _general_material(subject: Subject) -> dict[str, Any]:
     texts |= {path: [passage.text for passage in read_passages(path)] for path in evaluation.general}
     checks = {"general checks": read_checks()} | {path: read_checks(path) for path in evaluation.checks}
     prompts = [*read_prompts(), *(prompt for path in evaluation.safety for prompt in read_prompts(path))]
+    for path, rows in (texts | checks).items():
+        if len(rows) < 2:
+            raise DataError(
+                f"{path} holds one row, and a comparison needs two or more.",
+                "Cut it into pieces: in a .txt file by blank lines.",
+            )
     return {"texts": texts, "checks": checks, "prompts": prompts}
 
 
@@ -189,23 +200,30 @@ def _material(
         max_new_tokens=new_tokens, temperature=evaluation.temperature, seed=subject.recipe.training.seed
     )  # fmt: skip
     return Material(
-        questions=chosen, held_out=_held_out(subject, bench, rows), sampling=sampling,
+        questions=chosen, longest_expected_tokens=longest,
+        held_out=_held_out(subject, bench, rows, left_out), sampling=sampling,
         system_message=subject.recipe.data.system, tasks=evaluation.tasks,
         tasks_path=Path(evaluation.tasks_path) if evaluation.tasks_path else None,
         timed="latency_ms" in subject.gates, **general,
     )  # fmt: skip
 
 
-def _held_out(subject: Subject, bench: Bench, rows: Sequence[Any]) -> list[tuple[Any, Any]]:
+def _held_out(subject: Subject, bench: Bench, rows: Sequence[Any], left_out: dict[str, int]) -> list[tuple[Any, Any]]:
     """Token ids and trained flags: as they were prepared for training, or of the rows given."""
     from onlay.data.build import open_split
 
     if subject.data is None and subject.dataset is not None:
         split = open_split(subject.dataset, "evaluation")
+        _count(
+            left_out, f"examples beyond {MOST_PASSAGES:,}, for their likelihood,", max(0, len(split) - MOST_PASSAGES)
+        )
         return [split.example(index) for index in _spread(range(len(split)), MOST_PASSAGES)]
     context = bench.context_tokens
     encoded = bench.template.encode_batch(_spread(rows, MOST_PASSAGES))
-    return [(one.ids, one.trained) for one in encoded if context is None or len(one.ids) <= context]
+    fitting = [(one.ids, one.trained) for one in encoded if context is None or len(one.ids) <= context]
+    _count(left_out, f"rows beyond {MOST_PASSAGES:,}, for their likelihood,", max(0, len(rows) - MOST_PASSAGES))
+    _count(left_out, "rows longer than the context, for their likelihood,", len(encoded) - len(fitting))
+    return fitting
 
 
 def _with_shots(subject: Subject, bench: Bench, systems: Sequence[System], material: Material) -> list[System]:
@@ -298,6 +316,8 @@ def _conclude(
     )  # fmt: skip
     gates = check_gates(subject.gates, against)
     notes = [*found.notes, *(f"{count:,} {why} were not asked." for why, count in left_out.items())]
+    if not material.questions:
+        notes.append("No row asks anything, so nothing was answered, scored or judged.")
     notes += [f"The gates were edited after training began: {edit}." for edit in subject.gate_edits]
     notes += [f"Over seeds: {one.score} against {one.against} is {one.verdict}." for one in gains]
     decision = decide(gates=gates, found=against, smallest_difference=found.smallest_difference, notes=notes)
@@ -322,9 +342,14 @@ def _conclude(
 
 
 def _failures(found: Findings, judged: str) -> int:
-    best = 100.0 if found.main and found.main_score.unit == "points" else 1.0
-    values = [row["scores"][judged][found.main] for row in found.answers]
-    return sum(value is not None and value < best for value in values)
+    """Rows that `_write` will write into failures.jsonl."""
+    known = [row["scores"][judged][found.main] for row in found.answers if row["expected"]]
+    failed: int = sum(value is not None and value < _best(found) for value in known)
+    return min(MOST_FAILURES, failed)
+
+
+def _best(found: Findings) -> float:
+    return 100.0 if found.main_score.unit == "points" else 1.0
 
 
 def _evidence(subject: Subject, material: Material) -> Any:
@@ -351,12 +376,11 @@ def _evidence(subject: Subject, material: Material) -> Any:
             event["loss"] for event in _metrics(subject) if event["event"] == "evaluation" and event["step"] > 0
         )
         epochs = subject.run.steps * subject.recipe.training.batch_size / max(1, examples)
-    longest = max((len(one.expected) for one in material.questions), default=0)
     return Evidence(
         end_tokens_trained=ends, trained_examples=examples, epochs=epochs, held_out_losses=losses,
         duplicate_share=duplicates, dropout=dropout, temperature=material.sampling.temperature,
         repetition_penalty=material.sampling.repetition_penalty, max_new_tokens=material.sampling.max_new_tokens,
-        longest_expected_tokens=min(longest, material.sampling.max_new_tokens),
+        longest_expected_tokens=material.longest_expected_tokens,
     )  # fmt: skip
 
 
@@ -371,7 +395,7 @@ def _judge(subject: Subject, found: Findings, folder: Path, systems: Sequence[Sy
     from onlay.evaluation.judge import CRITERIA, Pair, judge_pairs
 
     endpoint = _endpoint(subject)
-    if endpoint is None:
+    if endpoint is None or not found.answers:
         return []
     judged = []
     for system in systems:
@@ -406,11 +430,12 @@ def _write(made: Report, found: Findings, subject: Subject, folder: Path) -> Non
         raise OutputError(f"{folder} cannot be written: {error.strerror}.", "Choose another --output.") from None
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.answers)
     write_whole(unfinished / "answers.jsonl", lines)
+    write_whole(unfinished / "failures.jsonl", "")
     if found.answers:
-        best = 100.0 if found.main_score.unit == "points" else 1.0
         against = "base" if "base" in made.systems and made.system != "base" else None
         write_failures(
-            unfinished / "failures.jsonl", found.answers, system=made.system, score=found.main, against=against, good=best
+            unfinished / "failures.jsonl", found.answers, system=made.system, score=found.main, against=against,
+            limit=MOST_FAILURES, good=_best(found),
         )  # fmt: skip
     write_page(made, folder=unfinished, answers=found.answers, metrics=_metrics(subject))
     made.save(unfinished)
@@ -449,7 +474,13 @@ def compare(
     if against not in made.systems or against == made.system:
         names = ", ".join(name for name in made.systems if name != made.system) or "none"
         raise OutputError(f"--against {against} did not answer in {folder}.", f"There: {names}.")
-    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    if not answers:
+        raise OutputError(
+            f"{folder} has no answers to compare: no row asked anything.", f"Its losses: {folder / 'report.html'}"
+        )
     pairs = draw_pairs(answers, system=made.system, against=against, seed=seed, most=rows, again=again)
     choices = ask_pairs(pairs, path=folder.parent / f"choices-{made.system}-{against}.jsonl", ask=ask)
-    return judged_by_person(choices, system=made.system, against=against), len(pairs) - len(choices)
+    chosen = {(choice.row, choice.again) for choice in choices}
+    left = sum((pair.row, pair.again) not in chosen for pair in pairs)
+    return judged_by_person(choices, system=made.system, against=against), left

@@ -78,7 +78,7 @@ class Subject:
 
     def shot_rows(self, questions: Sequence[Question]) -> list[Conversation]:
         """Training rows that may be shown as examples: none of them asks what is asked."""
-        from onlay.data.read import Conversation, scan
+        from onlay.data.read import Conversation, Turn, prompt_key, scan
 
         if self.run is None:
             raise RecipeError(
@@ -87,11 +87,17 @@ class Subject:
             )
         section = self.recipe.data
         format = scan(section.train, section, limit=MOST_SHOT_ROWS).format
-        asked = {tuple(question.turns) for question in questions}
+        answer = Turn("assistant", "")
+        asked = {prompt_key(Conversation((*question.turns, answer))) for question in questions}
         found = []
         for row in _parsed(section.train, format, section, limit=MOST_SHOT_ROWS):
-            if isinstance(row, Conversation) and row.turns[-1].role == "assistant" and row.turns[:-1] not in asked:
+            if isinstance(row, Conversation) and row.turns[-1].role == "assistant" and prompt_key(row) not in asked:
                 found.append(row)
+        if not found:
+            raise RecipeError(
+                f"evaluation.baselines holds few-shot, but every row of {section.train} is asked itself.",
+                "Take few-shot off the list.",
+            )
         return found
 
     # ------------------------------------------------------------------------------------------------------- loading
@@ -113,7 +119,7 @@ class Subject:
             folders["live"] = Path(version.path)
         told = {name: str(folder) for name, folder in folders.items()}
         adapted = [System(name=name, told=told[name], adapter=name) for name in folders]
-        if self.tuned is None or baselines:
+        if folders or baselines:
             yield self._bench(self.section, folders, report=report), [*adapted, *baselines]
         if self.tuned is not None:
             section = self.section.model_copy(
@@ -182,17 +188,17 @@ def find_subject(
         raise OutputError(
             f"{what} is a model; --with takes adapters beside an adapter.", "Name an adapter or run first."
         )
-    base = _base_of(adapter) if adapter is not None else str(what)
-    values: dict[str, Any] = {"model": {"base": base}, "data": {"train": data}}
-    recipe = apply_overrides(values, overrides)
+    model = _base_of(adapter) if adapter is not None else {"base": str(what)}
+    recipe = apply_overrides({"model": model, "data": {**_data_of(adapter), "train": data}}, overrides)
     section = recipe.model
     adapters: dict[str, Path] = {}
     if adapter is not None:
-        adapters = _named([("adapter", adapter), *((None, _known_adapter(other)) for other in others)])
+        adapters = _named([("adapter", adapter), *(_known_adapter(other) for other in others)])
         section = section.model_copy(update={"storage": trained_storage(adapter, section)})
     name = Path(str(what)).name.replace("@", "-")
     return Subject(
         what=str(what), folder=Path("evaluations") / name, recipe=recipe, section=section, adapters=adapters, data=data,
+        dataset=Dataset.load(adapter) if adapter is not None and (adapter / "dataset.json").is_file() else None,
         gates=recipe.evaluation.gates,
     )  # fmt: skip
 
@@ -229,7 +235,7 @@ def _of_run(
             )
     else:
         section = section.model_copy(update={"storage": trained_storage(folder / "adapter", section)})
-        more = {"adapters": _named([("adapter", folder / "adapter"), *((None, _known_adapter(o)) for o in others)])}
+        more = {"adapters": _named([("adapter", folder / "adapter"), *(_known_adapter(other) for other in others)])}
     return Subject(
         what=what, folder=folder, recipe=recipe, section=section, run=run, dataset=Dataset.load(folder),
         facts=ModelFacts.load(folder), data=data, gates=gates, gate_edits=edits, **more,
@@ -274,13 +280,14 @@ def _adapter_folder(what: str | Path) -> Path | None:
     return Path(find_version(str(what)).path)
 
 
-def _known_adapter(what: str | Path) -> Path:
+def _known_adapter(what: str | Path) -> tuple[str | None, Path]:
+    """Its folder, and its name where that is not the folder's: a registered version's is a digest."""
     found = _adapter_folder(what)
     if found is None or not found.is_dir():
         raise OutputError(
             f"{what} is no adapter, run or registered version.", "`onlay versions` lists those there are."
         )
-    return found
+    return (None if Path(what).exists() else str(what)), found
 
 
 def _named(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Path]:
@@ -296,11 +303,23 @@ def _named(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Path]:
     return found
 
 
-def _base_of(adapter: Path) -> str:
+def _data_of(adapter: Path | None) -> dict[str, Any]:
+    """How a registered version's rows were read and written for its training; {} where nothing says it."""
+    if adapter is None or not (adapter / "recipe.yaml").is_file():
+        return {}
+    section = read_recipe(adapter / "recipe.yaml").data
+    template = adapter / "chat_template.jinja"
+    kept = {"template": str(template) if template.is_file() else section.template, "system": section.system}
+    return kept | {"loss_on": section.loss_on}
+
+
+def _base_of(adapter: Path) -> dict[str, Any]:
+    """`base` of the model section, and `revision` where it is known."""
     notes = adapter / "onlay.json"
     if notes.is_file():
-        return str(json.loads(notes.read_text(encoding="utf-8"))["base"])
+        values = json.loads(notes.read_text(encoding="utf-8"))
+        return {"base": values["base"], "revision": values["base_revision"]}
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise OutputError(f"{adapter} does not say which base it belongs to.", "Evaluate the run it came from.")
-    return str(base)
+    return {"base": str(base)}

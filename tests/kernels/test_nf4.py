@@ -194,4 +194,11 @@ def test_a_gpu_stores_and_rebuilds_the_same(shape: tuple[int, ...], double_quant
     moved = nf4.Nf4(*(part.cpu() if isinstance(part, Tensor) else part for part in (
         packed.codes, packed.scales, packed.scale_scales, packed.scale_mean)), packed.shape)  # fmt: skip
     for dtype in (*DTYPES, torch.float64):
-        assert torch.equal(nf4.dequantize(packed, dtype).cpu(), nf4.dequantize(moved, dtype))
+        found, expected = nf4.dequantize(packed, dtype).cpu(), nf4.dequantize(moved, dtype)
+        if double_quantization:
+            # A GPU multiplies and adds with one rounding where a CPU has two: scales differ in float32's last bit, and
+            # values by at most one rounding of their own type.
+            most = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * expected.double().abs()
+            assert bool(((found.double() - expected.double()).abs() <= most).all())
+        else:
+            assert torch.equal(found, expected)

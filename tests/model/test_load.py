@@ -239,15 +239,13 @@ def test_a_base_too_large_for_one_gpu_is_spread(made: Path, monkeypatch: pytest.
 def test_a_base_spread_over_gpu_and_host_computes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
-    from transformers.integrations import accelerate
-
     save_tiny_base(tmp_path, num_hidden_layers=6)
     asked = section(tmp_path, storage=storage, compute="fp32")
     here = find_hardware()
     alone = load_base(read_facts(asked), asked, here)
     room = {"bf16": 300_000, "nf4": 120_000, "int8": 140_000}[storage]
     monkeypatch.setattr(load, "needs_spreading", lambda *_: True)
-    monkeypatch.setattr(accelerate, "get_max_memory", lambda *_: {0: room, "cpu": 2**33})
+    monkeypatch.setattr(load, "spread_memory", lambda _: {0: room, "cpu": 2**33})
     spread = load_base(read_facts(asked), asked, here, spread=True)
     assert "on cuda:0" in spread.notes["placement"]
     assert "on cpu" in spread.notes["placement"]

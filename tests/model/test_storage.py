@@ -13,6 +13,7 @@ from onlay.model.storage import (
     choose_storage,
     describe_placement,
     needs_spreading,
+    spread_memory,
     stored_bytes,
 )
 from onlay.recipe import ModelSection
@@ -91,6 +92,11 @@ def test_spreading_goes_by_the_first_gpu() -> None:
     assert needs_spreading(facts(), section(), "nf4", machine(enough - 2, 10 * enough))
     assert needs_spreading(facts(), section(), "bf16", machine(enough + 2))
     assert not needs_spreading(facts(), section(), "bf16", machine())
+
+
+def test_a_spread_base_leaves_room_on_every_device() -> None:
+    room = spread_memory(machine(1000, 2000))
+    assert room == {0: int(SPREAD_SHARE * 1000), 1: int(SPREAD_SHARE * 2000), "cpu": int(SPREAD_SHARE * 2**33)}
 
 
 @pytest.mark.parametrize(
