@@ -416,7 +416,7 @@ def section_reads() -> set[str]:
     """`field` of every read such as `recipe.training.field` or `section.field` in the package, outside of the recipe."""
     reads: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.name in ("recipe.py", "starter.py"):
+        if path.parent.name == "recipe" or path.name == "starter.py":
             continue
         reads |= set(attribute_reads(ast.parse(path.read_text(encoding="utf-8"))))
     # What the recipe itself derives counts where the derived name is read.

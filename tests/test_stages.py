@@ -237,7 +237,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     def noting(self: Section, name: str) -> Any:
         if name in type(self).model_fields:
             caller = sys._getframe(1).f_code
-            inside = caller.co_filename.endswith("recipe.py")
+            inside = caller.co_filename.rpartition("/")[0].endswith("onlay/recipe")
             if (
                 type(self) is not Recipe
                 and caller.co_filename.startswith(PACKAGE)
@@ -249,6 +249,49 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", noting)
         yield seen
+
+
+def evaluate_with_everything(run: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets every field that `evaluate` reads; its answers are checked in test_evaluating.py."""
+    material = {
+        "general_text.jsonl": [{"text": "The river runs."}, {"text": "Seven boats."}],
+        "general_checks.jsonl": [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0} for i in range(2)],
+        "safety_prompts.jsonl": [{"prompt": f"{i}?", "refuse": i > 0} for i in range(3)],
+    }
+    for name, rows in material.items():
+        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for module in ("general", "safety"):
+        monkeypatch.setattr(f"onlay.evaluation.{module}.bundled", lambda name: place / f"{name}.jsonl")
+    (place / "schema.json").write_text("{}")
+    stages.register(run, name="boats")
+    stages.promote("boats@1", alias="trial", force=True, reason="a trial")
+    asked: list[str] = []
+
+    def ask(self: Any, prompts: list[str]) -> Iterator[tuple[int, str]]:
+        asked.append(f"{self.base_url} {self.model} {self.key_variable} {'Short is better.' in prompts[0]}")
+        return enumerate('{"winner": "tie"}' for _ in prompts)
+
+    monkeypatch.setattr("onlay.evaluation.endpoint.Endpoint.ask", ask)
+    every = [
+        "answer_rows=2", "scores=[regex_match, json_schema_match]", "json_schema=schema.json", "pattern=river",
+        "max_new_tokens=4", "temperature=0.5", "baselines=[base, prompt, few-shot, live]", "prompt=Be brief.", "shots=1",
+        "general=[general_text.jsonl]", "checks=[general_checks.jsonl]", "safety=[safety_prompts.jsonl]",
+        "judge_url=http://127.0.0.1:9/v1", "judge_model=judge", "judge_key=ANY_KEY", "judge_criteria=Short is better.",
+    ]  # fmt: skip
+    overrides = [f"evaluation.{override}" for override in every]
+    made = stages.evaluate(run, overrides=[*overrides, "release.name=boats", "release.alias=trial"])
+    assert (made.rows, made.environment["command"].count("--set")) == (2, len(every) + 2)
+    assert list(made.systems) == ["adapter", "live", "base", "prompt", "few-shot"]
+    assert {"regex_match", "json_schema_match"} <= made.scores["adapter"].keys()
+    assert {row.text for row in made.likelihood} == {"held_out", "general", "general_text.jsonl"}
+    assert {row.score for row in made.forgetting} >= {"accuracy (general checks)", "accuracy (general_checks.jsonl)"}
+    assert {(row.score, row.rows) for row in made.safety} == {("refused_harmful", 4), ("refused_harmless", 2)}
+    assert {row.against for row in made.judged} == {"base", "prompt", "few-shot", "live"}
+    assert set(asked) == {"http://127.0.0.1:9/v1 judge ANY_KEY True"}
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
+    with pytest.raises(SetupError, match="need the package lm_eval"):
+        stages.evaluate(run, overrides=["evaluation.tasks=[own]", "evaluation.tasks_path=tasks"])
 
 
 def test_every_field_is_read_by_a_run(
@@ -285,6 +328,7 @@ def test_every_field_is_read_by_a_run(
     onlay.train(small(random_base, "full", training={"max_steps": 1, "micro_batch_tokens": 64}, **full))
     onlay.train(small(base, "plus", adapter={"method": "lora+"}, training={"max_steps": 1}))
     onlay.train(small(base, "pissa", adapter={"method": "pissa"}, training={"max_steps": 1}))
+    evaluate_with_everything("lora", place, monkeypatch)
     # Columns are only looked at where another one was not given.
     for columns in ({"text_field": "prompt"}, {"format": "messages", "messages_field": "turns"}):
         values = small(base, "x", data=columns)
