@@ -100,6 +100,8 @@ def _type_words(annotation: Any) -> list[str]:
     if typing.get_origin(annotation) is list:
         parts = _type_words(typing.get_args(annotation)[0])
         return ["list of texts" if parts == ["text"] else f"list of {', '.join(parts)}"]
+    if typing.get_origin(annotation) is dict:
+        return ["lines of name: number"]
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
     return [names[annotation]]
 

@@ -17,7 +17,7 @@ from onlay.cli.app import verbs
 from tests.builders import save_tiny_base, write_rows
 
 VERBS = (
-    "init", "doctor", "prepare", "train", "generate", "chat", "evaluate", "compare", "register", "promote", "rollback",
+    "init", "doctor", "prepare", "train", "generate", "chat", "evaluate", "compare", "check", "register", "promote", "rollback",
     "versions", "diff", "verify", "history", "push", "pull", "compatible", "merge", "show", "log", "schema", "demo",
 )  # fmt: skip
 HELP = """

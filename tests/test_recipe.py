@@ -330,6 +330,28 @@ def test_several_errors_are_counted() -> None:
         ({"data": {"format": "text", "system": "Be brief."}}, "data.system is not read with data.format = text"),
         ({"evaluation": {"split": None, "patience": 2}}, "evaluation.patience needs held-out rows"),
         ({"evaluation": {"split": None, "every_steps": 2}}, "evaluation.every_steps needs held-out rows"),
+        (
+            {"evaluation": {"prompt": "Be kind."}},
+            "evaluation.prompt is given, but it is only read where evaluation.baselines",
+        ),
+        (
+            {"evaluation": {"baselines": ["prompt"]}},
+            "evaluation.prompt is missing, and is needed where evaluation.baselines",
+        ),
+        (
+            {"evaluation": {"tasks_path": "mine"}},
+            "evaluation.tasks_path is given, but it is only read where evaluation.tasks",
+        ),
+        (
+            {"evaluation": {"judge_model": "j"}},
+            "evaluation.judge_model is given, but it is only read where evaluation.judge_url",
+        ),
+        ({"evaluation": {"judge_url": "http://h/v1"}}, "evaluation.judge_model is missing, and is needed where"),
+        (
+            {"evaluation": {"judge_criteria": "Short."}},
+            "evaluation.judge_criteria is only read where evaluation.judge_url",
+        ),
+        ({"evaluation": {"baselines": ["live"]}}, "release.name does not say which name's version is in use"),
     ],
 )
 def test_fields_that_another_one_would_silence_are_refused(sections: dict[str, Any], named: str) -> None:
@@ -341,6 +363,17 @@ def test_fields_that_belong_together_are_taken() -> None:
     parsed(data={"format": "classification", "text_field": "t", "answer_field": "label"})
     parsed(model={"weights": "random"}, adapter={"method": "full"})
     parsed(evaluation={"split": None, "file": "held.jsonl", "patience": 2})
+    parsed(evaluation={"baselines": ["base", "prompt", "live"], "prompt": "Be kind."}, release={"name": "boats"})
+    parsed(evaluation={"judge_url": "http://h/v1", "judge_model": "j", "judge_criteria": "Short."})
+    parsed(evaluation={"tasks": ["own"], "tasks_path": "mine"})
+
+
+def test_gates_are_numbers_by_name_and_can_be_set(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "evaluation: {gates: {exact_match: 0.05, forgetting: 1e-2}}\n")
+    assert read_recipe(path).evaluation.gates == {"exact_match": 0.05, "forgetting": 0.01}
+    assert read_recipe(path, ["evaluation.gates={bleu: 2}"]).evaluation.gates == {"bleu": 2.0}
+    assert refused(evaluation={"gates": {"bleu": "much"}})[0].startswith("evaluation.gates")
+    assert parsed(evaluation={"gates": {"bleu": 2}}).digest != parsed().digest
 
 
 # ---------------------------------------------------------------------------------------------------------- round trips

@@ -87,7 +87,7 @@ def prepare_dataset(
         {
             "version": FORMAT_VERSION,
             "sources": sources,
-            "data": recipe.data.model_dump(mode="json"),
+            "data": recipe.data.model_dump(mode="json", exclude={"licence"}),
             "evaluation": [recipe.evaluation.split, file],
             "seed": recipe.training.seed,
             "max_tokens": max_tokens,

@@ -245,7 +245,9 @@ def _licence(folder: Path) -> str | None:
             except yaml.YAMLError:
                 front = None  # A card is prose for people: one that cannot be read tells no licence.
             if isinstance(front, dict) and front.get("license"):
-                return str(front["license"])
+                # `other` stands for a licence with a name of its own.
+                named = front.get("license_name") if front["license"] == "other" else None
+                return str(named or front["license"])
     for path in sorted(folder.glob("LICENSE*")):
         start = path.read_text(encoding="utf-8", errors="replace")[:400]
         for words, licence in (("Apache License", "apache-2.0"), ("MIT License", "mit")):

@@ -141,6 +141,9 @@ class DataSection(Section):
         "drop", description="Examples over max_tokens: drop them, cut their end, or stop. Plain text is always split."
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+    licence: str | None = Field(
+        None, description="Licence of the rows, such as cc-by-4.0, or `own`; read by `onlay check`."
+    )
 
 
 class TrainingSection(Section):

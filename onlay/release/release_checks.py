@@ -123,7 +123,7 @@ def failures_seen(seen: Evidence) -> Outcome:
         return passed("there are none" if not report.failures else "no right answer is known for any", report)
     told = f"{seen.failures_seen:,} of {of(seen.failures, 'row')} in failures.jsonl were compared by a person"
     if seen.failures_seen < wanted:
-        return not_done(f"{told}; {wanted} are asked for", report, f"onlay compare {seen.place}")
+        return not_done(f"{told}; {wanted} are asked for", report, f"onlay compare {report.path}")
     return passed(told, report)
 
 

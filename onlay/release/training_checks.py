@@ -252,10 +252,10 @@ def proofs(seen: Evidence) -> Outcome:
     wrong = [f"not proven: {what}" for name, what in needed.items() if name in found and found[name] is not True]
     if moved == 0:
         wrong.append("nothing moved")
-    if wrong or (run.status == "failed" and not run.recoveries):
-        return failed(
-            "; ".join([*wrong, *([run.error] if run.error else [])]), run, "Train again; the adapter is not to be used"
-        )
+    if run.status == "failed":
+        wrong.append(f"the run failed: {run.error}" if run.error else "the run failed")
+    if wrong:
+        return failed("; ".join(wrong), run, "Train again; the adapter is not to be used")
     missing = [what for name, what in needed.items() if name not in found]
     if moved is None:
         missing.insert(0, "it moved (that takes 2 updates)")

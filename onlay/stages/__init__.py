@@ -6,6 +6,7 @@ One file for each arrow from record to record; nothing below composes siblings.
 from __future__ import annotations
 
 from onlay.stages.answering import Chat, LoadedHead, LoadedRun, chat, generate, open_head, open_run
+from onlay.stages.checking import check
 from onlay.stages.demonstrating import Demo, demo, held_out_rows
 from onlay.stages.evaluating import compare, evaluate
 from onlay.stages.events import Loading, Report
@@ -30,7 +31,7 @@ from onlay.stages.training import train
 
 __all__ = [
     "Chat", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Source",
-    "chat", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
+    "chat", "check", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
     "init", "log", "look", "merge", "open_head", "open_run", "prepare", "prepare_source", "promote", "pull", "push",
     "register", "rollback", "schema", "show", "train", "verify", "versions",
 ]  # fmt: skip

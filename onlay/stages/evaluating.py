@@ -90,7 +90,14 @@ def _check_before(subject: Subject, folder: Path, *, seeds: int) -> None:
             f"--seeds {seeds} trains runs of a recipe, and {subject.what} is no run.", "Give a run folder."
         )
     _schema(subject)
-    _endpoint(subject)
+    endpoint = _endpoint(subject)
+    if endpoint is not None:
+        list(endpoint.ask(()))  # Nothing is asked, but a missing key shows.
+    if evaluation.tasks:
+        from onlay.evaluation.harness import run_tasks
+
+        path = Path(evaluation.tasks_path) if evaluation.tasks_path else None
+        run_tasks(evaluation.tasks, systems={}, include_path=path)  # Nobody is asked, but an unknown task shows.
 
 
 def _schema(subject: Subject) -> dict[str, Any] | None:
@@ -121,11 +128,12 @@ def _endpoint(subject: Subject) -> Any:
 def _measure(
     subject: Subject, *, report: Tell
 ) -> tuple[Findings, Measurements, Material, list[System], dict[str, int]]:
+    rows, _, _ = subject.rows()
+    general = _general_material(subject)
+    # What imports torch comes after what can be wrong.
     from onlay.evaluation.findings import Asked, find
     from onlay.evaluation.measuring import Measurements, measure_systems
 
-    rows, _, _ = subject.rows()
-    general = _general_material(subject)
     measurements, material = Measurements(), None
     systems: list[System] = []
     left_out: dict[str, int] = {}
