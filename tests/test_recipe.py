@@ -363,6 +363,7 @@ def test_fields_that_belong_together_are_taken() -> None:
     parsed(data={"format": "classification", "text_field": "t", "answer_field": "label"})
     parsed(model={"weights": "random"}, adapter={"method": "full"})
     parsed(evaluation={"split": None, "file": "held.jsonl", "patience": 2})
+    parsed(evaluation={"tasks": ["hellaswag"]})
     parsed(evaluation={"baselines": ["base", "prompt", "live"], "prompt": "Be kind."}, release={"name": "boats"})
     parsed(evaluation={"judge_url": "http://h/v1", "judge_model": "j", "judge_criteria": "Short."})
     parsed(evaluation={"tasks": ["own"], "tasks_path": "mine"})

@@ -268,7 +268,7 @@ def evaluate_with_everything(run: str, place: Path, monkeypatch: pytest.MonkeyPa
     asked: list[str] = []
 
     def ask(self: Any, prompts: list[str]) -> Iterator[tuple[int, str]]:
-        asked.append(f"{self.base_url} {self.model} {self.key_variable} {'Short is better.' in prompts[0]}")
+        asked.extend(f"{self.base_url} {self.model} {self.key_variable} {'Short is better.' in one}" for one in prompts)
         return enumerate('{"winner": "tie"}' for _ in prompts)
 
     monkeypatch.setattr("onlay.evaluation.endpoint.Endpoint.ask", ask)
@@ -329,6 +329,7 @@ def test_every_field_is_read_by_a_run(
     onlay.train(small(base, "plus", adapter={"method": "lora+"}, training={"max_steps": 1}))
     onlay.train(small(base, "pissa", adapter={"method": "pissa"}, training={"max_steps": 1}))
     evaluate_with_everything("lora", place, monkeypatch)
+    stages.check("lora")
     # Columns are only looked at where another one was not given.
     for columns in ({"text_field": "prompt"}, {"format": "messages", "messages_field": "turns"}):
         values = small(base, "x", data=columns)

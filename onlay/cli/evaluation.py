@@ -72,10 +72,10 @@ def compare(
     judged, left = stages.compare(what, against=against, rows=rows, again=again, seed=seed, ask=_asking(as_json))
 
     def display() -> None:
-        decided = f"{judged.wins} for {judged.system}, {judged.losses} for {judged.against}, {judged.ties} ties"
+        decided = f"{judged.wins} for {judged.system}, {judged.losses} for {judged.against}, {judged.ties} tied"
         print(f"\n{decided} of {judged.rows} rows; p {judged.p_value:.2g} (sign test).")
         if left:
-            say_next(f"onlay compare {what} --against {against}  ({left} rows are left)")
+            say_next(f"onlay compare {what} --against {against}  (left: {left})")
 
     emit(judged.model_dump(mode="json") | {"left": left}, as_json, display)
 

@@ -177,7 +177,7 @@ def _ask_one(text: str, ask: Callable[[str], str]) -> str:
 
 
 def _check(choice: Choice, pair: Pair | None, path: Path, systems: set[str]) -> None:
-    remedy = f"Give another file for the choices, or move {path} away to begin again."
+    remedy = f"Move {path} away to begin again."
     if systems and {choice.first, choice.second} != systems:
         told = " and ".join(sorted((choice.first, choice.second)))
         raise OutputError(f"{path} holds choices between {told}, not {' and '.join(sorted(systems))}.", remedy)

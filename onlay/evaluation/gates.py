@@ -148,7 +148,7 @@ def decide(
     verdict = "no gates" if not gates else "do not ship" if failed else "ship"
     reasons = [f"{gate.name}: {gate.reason}." for gate in failed]
     if gates and not failed:
-        reasons.append(f"All {len(gates)} gates are passed.")
+        reasons.append("The gate is passed." if len(gates) == 1 else f"All {len(gates)} gates are passed.")
     if not gates:
         reasons.append("The recipe has no gates, so nothing decides but the reader: set evaluation.gates.")
     reasons += [f"{one.score} against {one.against}: {one.verdict}." for one in found.comparisons[:3]]

@@ -62,7 +62,6 @@ def _refuse_unread_by_evaluation(recipe: Recipe) -> None:
     evaluation = recipe.evaluation
     together = (
         ("prompt", evaluation.prompt is not None, "prompt" in evaluation.baselines, "evaluation.baselines holds prompt"),
-        ("tasks_path", evaluation.tasks_path is not None, bool(evaluation.tasks), "evaluation.tasks names a task"),
         ("judge_model", evaluation.judge_model is not None, evaluation.judge_url is not None, "evaluation.judge_url is given"),
     )  # fmt: skip
     for name, given, needed, when in together:
@@ -71,6 +70,11 @@ def _refuse_unread_by_evaluation(recipe: Recipe) -> None:
                 f"evaluation.{name} is {'given, but it is only read' if given else 'missing, and is needed'} where {when}.",
                 f"{'Delete' if given else 'Add'} evaluation.{name}, or correct the other line.",
             )
+    if evaluation.tasks_path is not None and not evaluation.tasks:
+        raise RecipeError(
+            "evaluation.tasks_path is given, but it is only read where evaluation.tasks names a task.",
+            "Delete evaluation.tasks_path, or name a task.",
+        )
     if "live" in evaluation.baselines and recipe.release.name is None:
         raise RecipeError(
             "evaluation.baselines holds live, but release.name does not say which name's version is in use.",

@@ -227,7 +227,9 @@ class EvaluationSection(Section):
     tasks_path: str | None = Field(None, description="Folder with task files of your own for `tasks`.")
     judge_url: str | None = Field(None, description="OpenAI-compatible endpoint that judges answers in pairs.")
     judge_model: str | None = Field(None, description="Model that the endpoint is asked for.")
-    judge_key: str = Field("OPENAI_API_KEY", description="Environment variable that holds the endpoint's key.")
+    judge_key: str | None = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the endpoint's key; null: it takes none."
+    )
     judge_criteria: str | None = Field(None, description="What makes an answer better, in words.")
     gates: dict[str, float] = Field(
         {},

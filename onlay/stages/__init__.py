@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from onlay.stages.answering import Chat, LoadedHead, LoadedRun, chat, generate, open_head, open_run
 from onlay.stages.checking import check
+from onlay.stages.comparing import compare
 from onlay.stages.demonstrating import Demo, demo, held_out_rows
-from onlay.stages.evaluating import compare, evaluate
+from onlay.stages.evaluating import evaluate
 from onlay.stages.events import Loading, Report
 from onlay.stages.fitting import compatible
 from onlay.stages.merging import merge

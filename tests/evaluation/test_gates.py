@@ -137,7 +137,7 @@ def test_one_failed_gate_decides_and_comes_first() -> None:
     all_passed = decided([one_gate(passed=True)], comparisons=[comparison()])
     assert all_passed.verdict == "ship"
     assert all_passed.reasons == [
-        "All 1 gates are passed.", "exact_match against base: better by 12.4 points, 95 % 9.1 to 15.8."
+        "The gate is passed.", "exact_match against base: better by 12.4 points, 95 % 9.1 to 15.8."
     ]  # fmt: skip
     failed = decided([one_gate(passed=True), one_gate(passed=False)])
     assert (failed.verdict, failed.reasons) == ("do not ship", ["exact_match: so it is."])
