@@ -365,6 +365,7 @@ class SeedGain(BaseModel):
     low: float
     high: float
     """95 %, Student's t over the seeds."""
+    p_value: float
     verdict: str
 
 
@@ -465,4 +466,6 @@ class AdapterVersion(Record):
         return f"{self.name}@{self.version}"
 
 
-RECORDS: dict[str, type[Record]] = {record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report, AdapterVersion)}
+RECORDS: dict[str, type[Record]] = {
+    record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report, AdapterVersion)
+}

@@ -21,7 +21,15 @@ from onlay.data.read import DETECTION_ROWS, detect_format
 from onlay.data.sources import read_rows
 from onlay.errors import DataError
 from onlay.hardware import Hardware
-from onlay.recipe import DataSection, EvaluationSection, LoraAdapter, ModelSection, Section, TrainingSection
+from onlay.recipe import (
+    DataSection,
+    EvaluationSection,
+    LoraAdapter,
+    ModelSection,
+    ReleaseSection,
+    Section,
+    TrainingSection,
+)
 
 MOST_ROWS = 200_000
 """Rows that are counted; of larger files the rest is not read."""
@@ -176,6 +184,7 @@ def _render(active: dict[str, Any], *, header: list[str]) -> str:
         "data": DataSection,
         "training": TrainingSection,
         "evaluation": EvaluationSection,
+        "release": ReleaseSection,
     }
     for name, section in sections.items():
         lines += ["", f"{name}:"]

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from onlay.data.pack import MicroBatch, collate, plan_micro_batches
 from onlay.model.attention import Layout, use_attention
 from onlay.recipe import Recipe, parse_recipe
+from onlay.records import Run
 from onlay.training.batches import Batches, Examples
 from onlay.training.loop import Progress, Task, _gradient
 from onlay.training.loss import make_loss
@@ -351,3 +352,8 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
         float((found[name].double().cpu() - expected[name].double().cpu()).norm()) ** 2 for name in expected
     )
     return float((difference / sum(float(value.double().norm()) ** 2 for value in expected.values())) ** 0.5)
+
+
+def proofs_of(run: Run) -> dict[str, Any]:
+    """What a run proved, without the digests of its files: onlay.json names the recipe, and so the run's folder."""
+    return {name: value for name, value in run.proofs.items() if name != "artefact_sha256"}

@@ -108,7 +108,7 @@ def choose(report: Path, number: int, **changes: Any) -> None:
         "row": number, "place": row["place"], "again": False, "first": "base", "second": "adapter", "digest": digest,
         "choice": "b",
     }  # fmt: skip
-    with (report.parent / "choices-adapter-base.jsonl").open("a") as file:
+    with (report.parent / f"choices-{report.name}-adapter-base.jsonl").open("a") as file:
         file.write(json.dumps(values | changes) + "\n")
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_was_only_trained(place: Path, say: Say) -> None:
     found = say("run1")
     assert (found["run"], found["ready"]) == ("run1", False)
     assert set(item_of(found, "losses")) == {
-        "name", "phase", "state", "evidence", "details", "record", "digest", "remedy",
+        "name", "phase", "state", "evidence", "details", "commands", "record", "digest", "remedy",
     }  # fmt: skip
     before = [item for item in found["items"] if item["phase"] in ("before training", "during training")]
     assert {item["name"]: item["state"] for item in before if item["state"] != "passed"} == {
@@ -328,7 +328,28 @@ def test_the_table_says_words_and_signs(place: Path, say: Say) -> None:
     ):
         assert told in text
     assert "likely: end token untrained" in " ".join(text.split())
-    assert all(len(line) <= 80 for line in text.splitlines())
+    below = [line for line in text.splitlines() if len(line) > 80]
+    assert all(line.startswith(("  ", "→ ", "NOT READY")) for line in below)
+    last = text.rstrip().splitlines()[-1]
+    assert "; failed: domain scores" not in last and "; failed: answers stop and do not repeat" in last
+    assert "; missing: licence of the data, " in last and "registered version" not in last
+
+
+def test_commands_can_be_copied(place: Path, say: Say) -> None:
+    lines = say("run1", text=True).splitlines()
+    items = say("run1")["items"]
+    commands = next(item["commands"] for item in items if item["name"] == "serving compatibility")
+    assert "vLLM" in commands
+    remedies = {item["remedy"] for item in items if item["remedy"] is not None}
+    assert {f"  {command}" for command in [*commands.values(), *remedies]} <= set(lines)
+
+
+def test_choices_on_another_report_beside_it_do_not_count(place: Path, say: Say) -> None:
+    evaluate("run1")
+    choose(Path("run1/other"), 0)
+    assert item_of(say("run1"), "failures looked at")["evidence"].startswith("0 of 2 rows")
+    choose(Path("run1/report"), 0)
+    assert item_of(say("run1"), "failures looked at")["evidence"].startswith("1 of 2 rows")
 
 
 @pytest.mark.parametrize(

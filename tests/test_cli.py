@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from onlay import __version__
+from onlay import __version__, stages
 from onlay.cli import main
 from onlay.cli.app import verbs
+from onlay.records import Run
 from tests.builders import save_tiny_base, write_rows
 
 VERBS = (
@@ -193,7 +194,7 @@ def test_the_summary_fits_80_columns_and_names_the_next_command(onlay: Any, reci
     assert max(len(line) for line in out.splitlines()) <= 80
     assert "Run short: finished" in out
     assert "short/adapter" in out
-    assert out.splitlines()[-1] == "Next: onlay chat short --compare"
+    assert out.splitlines()[-2:] == ["Next: onlay evaluate short", "      onlay chat short --compare"]
     assert "held-out loss" in err
     code, out, _ = onlay("log")
     assert out.split()[: len(["run", "status", "steps", "held-out", "loss", "started", "(UTC)"])] == [
@@ -218,12 +219,29 @@ def test_the_summary_fits_80_columns_and_names_the_next_command(onlay: Any, reci
     assert "adapter" in out
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"evaluation_loss": 1.0}, ["Next: onlay evaluate r", "      onlay chat r --compare"]),
+    ({}, ["Next: onlay chat r --compare"]),
+    ({"evaluation_loss": 1.0, "method": "head"}, ["Next: onlay generate r --prompt 'a text'"]),
+])  # fmt: skip
+def test_evaluating_is_named_where_it_can_be_done(
+    onlay: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: list[str]
+) -> None:
+    run = Run(
+        path="r", status="finished", started="2026-11-22T10:00:00", seconds=1.0, steps=1, total_steps=1, examples=1,
+        trained_tokens=1, **changes,
+    )  # fmt: skip
+    monkeypatch.setattr(stages, "train", lambda *_, **__: run)
+    out = onlay("train", recipe)[1].splitlines()
+    assert out[-len(said) :] == said and not out[-len(said) - 1]
+
+
 def test_a_full_run_ends_with_its_model(onlay: Any, recipe: str) -> None:
     code, out, err = onlay("train", recipe, *SMALL[2:], "--set", "adapter.method=full", "--set", "training.output=full")
     assert code == 0, err
     assert "full/model" in out
     assert "adapter" not in out
-    assert out.splitlines()[-1] == "Next: onlay chat full"
+    assert out.splitlines()[-2:] == ["Next: onlay evaluate full", "      onlay chat full"]
     assert_quiet(err)
     code, out, err = onlay("chat", "full", "--compare")
     assert (code, err.splitlines()[-1]) == (2, "Leave --compare out.")

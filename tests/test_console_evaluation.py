@@ -42,6 +42,22 @@ def test_what_to_do_next() -> None:
     assert "failures.jsonl" not in shown(full_report(failures=0))
 
 
+def test_how_many_answers_are_concerned_is_no_cause() -> None:
+    text = shown(full_report())
+    assert "\n  6% of the answers end in a loop" in text
+    assert "\n  1. Too many epochs" in text and "\n  2. Duplicate rows" in text and "\n  3. " not in text
+
+
+def test_one_system_shows_its_likelihood() -> None:
+    of_base, _, _, of_adapter = full_report().likelihood
+    lines = shown(bare_report(likelihood=[of_base, of_adapter], scores={})).splitlines()
+    [line] = [line for line in lines if line.startswith("held out")]
+    assert line.split() == ["held", "out", "21,480", "1.8420", "6.31", "0.6644"]
+    assert any("nats per token" in line and "perplexity" in line for line in lines)
+    assert not [line for line in lines if line.startswith("general")]  # the adapter's
+    assert shown(bare_report(rows=1)).startswith("NO GATES  base on 1 row of")
+
+
 def test_one_system_shows_its_scores() -> None:
     text = shown(bare_report())
     assert text.startswith("NO GATES") and "exact match" in text and "50.0 %" in text and "out/report.html" in text

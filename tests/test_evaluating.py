@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from onlay import ledger, stages
 from onlay.data.build import open_split
-from onlay.errors import BaseModelError, DataError, OutputError, RecipeError, SetupError
+from onlay.errors import BaseModelError, DataError, OutputError, ProofError, RecipeError, SetupError
 from onlay.recipe import Recipe, parse_recipe
 from onlay.records import Comparison, Dataset, Likelihood, Report, Run
 from onlay.stages import evaluating, subjects
@@ -140,6 +141,7 @@ def test_a_run_is_better_than_its_base_and_all_of_it_is_written(place: Path) -> 
     # The chain behind it, and the ledger's row of it.
     run = Run.load(place / "run")
     assert made.sources["run"] == run.digest
+    assert made.sources["weights"] == run.proofs["artefact_sha256"]["adapter_model.safetensors"]
     assert made.sources["dataset"] == run.sources["dataset"]
     assert [row.digest for row in ledger.Ledger().rows("report")] == [made.digest]
     shown, chain = stages.show(made.digest[:12])
@@ -302,7 +304,7 @@ def test_without_the_base_nothing_is_compared_with_it(place: Path) -> None:
     assert {row.against for row in made.comparisons} == {"prompt"}
     assert (made.forgetting, made.safety, made.verdict) == ([], [], "do not ship")
     assert made.gates[0].found is None
-    assert {"What was forgotten was not measured.", "Refusals were not measured."} <= set(made.risks)
+    assert any("no base to compare with" in risk for risk in made.risks)
 
 
 def test_an_adapter_folder_a_version_and_a_model_need_rows(place: Path) -> None:
@@ -502,9 +504,12 @@ def test_a_score_that_a_gate_is_on_is_measured(place: Path) -> None:
 def test_gates_can_be_given_where_there_was_no_training(place: Path) -> None:
     shutil.copytree(place / "run" / "adapter", place / "moved")
     made = evaluate("moved", "evaluation.gates={exact_match: 0.5, trained_rows: 1}", data="rows.jsonl")
-    assert [(gate.name, gate.passed, gate.found) for gate in made.gates] == [
-        ("exact_match", True, 1.0), ("trained_rows", False, None)
-    ]  # fmt: skip
+    assert [(gate.name, gate.found) for gate in made.gates] == [("exact_match", 1.0), ("trained_rows", None)]
+    # A bare adapter does not say which rows it learned, and these are among them.
+    assert made.verdict == "do not ship"
+    unknown = "could not be checked: the adapter does not say what it was trained on"
+    assert made.gates[0].reason.endswith(f"but whether the rows were trained on {unknown}")
+    assert f"Whether the rows were trained on {unknown}." in made.risks
     with pytest.raises(RecipeError, match=r"evaluation.gates: exact_mach is neither a score"):
         evaluate("moved", "evaluation.gates={exact_mach: 0.5}", data="rows.jsonl")
 
@@ -523,6 +528,231 @@ def test_from_gates_to_promotion(place: Path) -> None:
     assert stages.find_version("boats@live").version == 1
     assert stages.promote("boats@2", force=True, reason="a trial")[1]
     assert stages.find_version("boats@live").version == 2
+
+
+# ------------------------------------------------------------------------------------------------------- rows trained on
+
+
+def split_rows(place: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows that `run` was trained on, and those that it held out."""
+    rows = read_lines(place / "rows.jsonl")
+    held = {row.place for row in open_split(Dataset.load(place / "run"), "evaluation").rows()}
+    marked = [(f"rows.jsonl:{number}" in held, row) for number, row in enumerate(rows, start=1)]
+    return [row for out, row in marked if not out], [row for out, row in marked if out]
+
+
+def test_no_gate_passes_on_rows_that_were_trained_on(place: Path) -> None:
+    stages.register("run", name="boats")
+    stages.push("boats@1", "pushed")
+    trained_rows, held_out = split_rows(place)
+    # White space does not make another question.
+    mixed = [*held_out, {**trained_rows[0], "prompt": f" {trained_rows[0]['prompt']} "}, *trained_rows[1:3]]
+    write_lines(place / "mixed.jsonl", mixed)
+    problem = f"3 of {len(mixed)} rows of mixed.jsonl were trained on"
+    made = evaluate("run", data="mixed.jsonl")
+    assert made.verdict == "do not ship"
+    assert [gate.passed for gate in made.gates] == [False, False]
+    assert all(gate.reason.endswith(f"but {problem}") for gate in made.gates)
+    assert f"{problem}." in made.risks
+    for what in ("boats@1", "pushed"):
+        assert f"{problem}." in evaluate(what, data="mixed.jsonl").risks
+    assert stages.register("run", name="boats").version.verdict == "do not ship"
+    with pytest.raises(OutputError, match=r"not promoted: 2 of 2 gates failed: .* rows of mixed.jsonl were trained on"):
+        stages.promote("boats@2")
+
+    write_lines(place / "held.jsonl", held_out)
+    made = evaluate("run", data="held.jsonl")
+    assert (made.verdict, [risk for risk in made.risks if "trained on" in risk]) == ("ship", [])
+    # What one seed holds out another learns.
+    made = evaluate("run", data="held.jsonl", seeds=2)
+    assert made.verdict == "do not ship"
+    assert any(re.match(r"With seed 1 \d+ of 14 rows of held.jsonl were trained on", risk) for risk in made.risks)
+
+
+def test_rows_that_cannot_be_compared_with_the_training_pass_no_gate(place: Path) -> None:
+    def found(**options: Any) -> str:
+        made = evaluate("run", **options)
+        assert made.verdict == "do not ship"
+        [risk] = [risk for risk in made.risks if "trained on could not be checked" in risk]
+        return risk
+
+    fresh = [{"prompt": f"{i} boats?", "completion": "yes"} for i in range(100, 108)]
+    write_lines(place / "fresh.jsonl", fresh)
+    assert evaluate("run", data="fresh.jsonl").verdict == "ship"
+    # Another split would call other rows held out; the ledger knows the one of the training.
+    edit_gates(place / "run", "split: 0.3", "split: 0.9")
+    write_lines(place / "learned.jsonl", split_rows(place)[0])
+    risks = evaluate("run", data="learned.jsonl").risks
+    assert any(risk.startswith("34 of 34 rows of learned.jsonl were trained on") for risk in risks)
+    write_lines(place / "rows.jsonl", fresh)
+    assert "rows.jsonl is not the file any more that was trained on" in found(data="fresh.jsonl")
+    (place / "rows.jsonl").unlink()
+    assert "There is no data file at rows.jsonl" in found(data="fresh.jsonl")
+    assert evaluate("run").verdict == "ship"  # Its own held-out rows share no prompt with the others.
+    (place / "home" / "ledger.sqlite").unlink()
+    assert "is not the recipe that training began with" in found(data="fresh.jsonl")
+
+
+# -------------------------------------------------------------------------------------------------------- sound adapters
+
+
+def edit_weights(path: Path, name: str, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for key in tensors:
+        if name in key:
+            tensors[key][:] = value
+    path.chmod(0o644)
+    save_file(tensors, path)
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_an_adapter_that_is_not_sound_is_refused_by_name_before_anything_is_loaded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a base was loaded")
+
+    for name, change in {"nan": ("lora_A", math.nan), "still": ("lora_B", 0.0)}.items():
+        shutil.copytree(place / "run" / "adapter", place / name)
+        edit_weights(place / name / WEIGHTS, *change)
+    stages.register("run", name="boats")
+    stages.promote("boats@1", force=True, reason="for comparison")
+    version = Path(stages.find_version("boats@1").path)
+    shutil.copytree(place / "other", place / "changed")
+    edit_weights(place / "changed" / "adapter" / WEIGHTS, "lora_A", 0.5)
+    stages.push("boats@1", "pushed")
+    edit_weights(place / "pushed" / WEIGHTS, "lora_A", 0.5)
+    monkeypatch.setattr("onlay.model.load.load_base", load)
+    data = {"data": "rows.jsonl"}
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("nan", data, f"nan/{WEIGHTS}: .* holds NaN or infinity"),
+        ("still", data, f"still/{WEIGHTS} did not move: B is zero in every module"),
+        ("run", {"others": ["nan"]}, f"nan/{WEIGHTS}: .* holds NaN"),
+        ("changed", {}, f"changed/adapter/{WEIGHTS} was changed on disk since the run saved it"),
+        ("run", {"others": ["changed"]}, f"changed/adapter/{WEIGHTS} was changed on disk"),
+        ("pushed", data, f"pushed/{WEIGHTS} was changed on disk since it was registered or saved"),
+    ]
+    for what, options, problem in refused:
+        with pytest.raises(ProofError, match=problem) as caught:
+            evaluate(what, **options)
+        assert (caught.value.exit_code, "\n" in caught.value.problem) == (1, False)
+    edit_weights(version / WEIGHTS, "lora_A", 0.5)
+    live = {"overrides": ["evaluation.baselines=[live]", "release.name=boats"]}
+    for what, options in (
+        ("boats@1", data),
+        ("other", {"others": ["boats@live"]}),
+        ("other", live),
+        (str(version), data),
+    ):
+        with pytest.raises(ProofError, match=f"{version}/{WEIGHTS} was changed on disk"):
+            stages.evaluate(what, **options)
+    (place / "other" / "adapter" / "onlay.json").unlink()
+    with pytest.raises(ProofError, match=r"other/adapter/onlay.json is missing on disk since the run saved it"):
+        evaluate("other")
+
+
+def test_a_pushed_folder_and_a_versions_own_are_adapters(place: Path) -> None:
+    stages.register("run", name="boats")
+    stages.push("boats@1", "pushed")
+    write_lines(place / "fresh.jsonl", [{"prompt": f"{i} boats?", "completion": "yes"} for i in range(100, 104)])
+    expected = evaluate("boats@1", data="fresh.jsonl")
+    for what in ("pushed", stages.find_version("boats").path):
+        made = evaluate(what, data="fresh.jsonl")
+        assert (made.system, made.scores) == ("adapter", expected.scores)
+        assert made.sources["weights"] == expected.sources["weights"]
+        with pytest.raises(DataError, match="is no run folder, so it brings no held-out rows"):
+            evaluate(what)
+    assert list(evaluate("other", others=["pushed"], data="fresh.jsonl").systems) == ["adapter", "pushed", "base"]
+    stages.register("head", name="mood")
+    for what in ("mood@1", stages.find_version("mood").path):
+        with pytest.raises(OutputError, match="is a classification head"):
+            evaluate(what, data="labels.jsonl")
+
+
+def test_a_version_answers_as_its_run_does(place: Path) -> None:
+    (place / "own.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    stages.train(recipe("own", data={"template": "own.jinja"}, training={"max_steps": 20, "learning_rate": 0.01}))
+    stages.register("own", name="own")
+    stages.push("own@1", "pushed")
+    expected = stages.generate("own", ["3 boats?"])
+    (place / "own.jinja").unlink()
+    for what in ("own@1", "own@latest", "pushed", stages.find_version("own").path):
+        assert stages.generate(what, ["3 boats?"]) == expected
+    assert stages.chat("own@1").say("3 boats?")[0] == expected[0]["answer"]
+    stages.register("head", name="mood")
+    assert stages.generate("mood@1", ["a text"]) == stages.generate("head", ["a text"])
+    with pytest.raises(OutputError, match="mood@1 is a classification head"):
+        stages.chat("mood@1")
+    with pytest.raises(OutputError, match="own@7 is not registered"):
+        stages.generate("own@7", ["3 boats?"])
+    with pytest.raises(OutputError, match=r"run.json does not exist"):
+        stages.generate("nowhere", ["3 boats?"])
+
+
+# ------------------------------------------------------------------------------------------------------------ what is kept
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr("onlay.model.load.load_base", load)
+    with pytest.raises(OutputError, match=r"rows.jsonl/new/report cannot be written: Not a directory"):
+        evaluate("run", output="rows.jsonl/new/report")
+
+
+def test_what_fails_before_there_are_answers_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise SetupError("The device is gone.", "Try again.")
+
+    monkeypatch.setattr("onlay.evaluation.systems.Bench.answer", fail)
+    before = sorted(path.name for path in (place / "run").iterdir())
+    for output in (None, "new/deep/report"):
+        with pytest.raises(SetupError, match="device is gone") as caught:
+            evaluate("run", output=output)
+        assert caught.value.remedy == "Try again."
+    assert sorted(path.name for path in (place / "run").iterdir()) == before
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [("The device is gone.", "Try again."), ()], ids=["error", "interrupted"])
+@pytest.mark.parametrize("part", [
+    "onlay.evaluation.systems.Bench.nats", "onlay.stages.evaluating.judge_answers", "onlay.evaluation.page.write_page",
+])  # fmt: skip
+def test_what_fails_after_the_answers_costs_none(
+    place: Path, monkeypatch: pytest.MonkeyPatch, part: str, arguments: tuple[str, ...]
+) -> None:
+    error = SetupError(*arguments) if arguments else KeyboardInterrupt()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    told: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(part, fail)
+        with pytest.raises(type(error)):
+            evaluate("run", report=told.append)
+    kept = Path("run/.report.unfinished/answers.jsonl")
+    rows = read_lines(kept)
+    assert [row["answers"]["adapter"] for row in rows] == ["yes"] * 14
+    assert all(row["answers"]["base"] for row in rows)
+    assert f"the answers so far are in {kept}" in told
+    if isinstance(error, SetupError):
+        assert error.remedy.endswith(f"The answers so far are in {kept}.")
+    assert not (place / "run" / "report").exists()
+    made = evaluate("run")
+    assert not kept.parent.exists()
+    assert Report.load(place / "run" / "report") == made
+    assert read_lines(place / "run" / "report" / "answers.jsonl")[0]["scores"]
 
 
 # ---------------------------------------------------------------------------------------------- seeds, judge, likely causes
@@ -633,6 +863,7 @@ def test_a_person_may_stop_and_go_on(place: Path) -> None:
     assert (judged.rows, left) == (1, 3)
     judged, left = stages.compare("run", ask=typing("b", "tie", "skip"))
     assert (judged.rows, judged.wins + judged.losses, judged.ties, left) == (3, 2, 1, 0)
-    assert len(read_lines(place / "run" / "choices-adapter-base.jsonl")) == 4
+    [choices] = (place / "run").glob("choices-*.jsonl")
+    assert len(read_lines(choices)) == 4
     # Fewer rows than were chosen are not fewer than none.
     assert stages.compare("run/report", rows=2, ask=typing())[1] == 0

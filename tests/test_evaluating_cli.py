@@ -148,16 +148,17 @@ def test_a_person_chooses_leaves_and_goes_on(place: Path, say: Say) -> None:
     assert out.count("Which is better?") == 4  # Two rows, nonsense once more, and q.
     assert "adapter" not in out.rpartition("Which is better?")[0]  # Names come with the result alone.
     assert "of 2 rows" in out
-    assert "onlay compare run --against base  (left: 2)" in out
+    assert "2 rows are left.\n" in out
+    assert out.splitlines()[-1] == "Next: onlay compare run --against base"
     out, _ = say("compare", "run", typed="tie\n")  # The input ends: as q.
-    assert "1 ties of 3 rows" in out and "(1 rows are left)" in out
+    assert "1 tied of 3 rows" in out and "1 row is left.\n" in out
     out, err = say("compare", "run", "--json", typed="s\n")
     record = json.loads(out)
     assert "Which is better?" in err
     assert (record["rows"], record["wins"] + record["losses"], record["ties"], record["left"]) == (3, 2, 1, 0)
     assert (record["system"], record["against"], record["judge"]) == ("adapter", "base", "person")
     out, _ = say("compare", "run")
-    assert "Which is better?" not in out and "are left" not in out
+    assert "Which is better?" not in out and "left" not in out and "Next" not in out
 
 
 def test_rows_asked_again_tell_how_steady_a_person_is(place: Path, say: Say) -> None:
@@ -166,6 +167,8 @@ def test_rows_asked_again_tell_how_steady_a_person_is(place: Path, say: Say) -> 
     record = json.loads(out)
     # Always the first: of a pair asked the other way round that is the other system, so nothing is agreed on.
     assert (record["rows"], record["ties"], record["consistency"], record["first_slot_wins"]) == (2, 2, 0.0, 1.0)
+    out, _ = say("compare", "run", "--rows", "3", "--again", "2", "--seed", "3", typed="q\n")
+    assert out.splitlines()[-1] == "Next: onlay compare run --against base --rows 3 --again 2 --seed 3"
     _, err = say("compare", "run", "--against", "live", code=2)
     assert err.splitlines() == ["--against live did not answer in run/report.", "There: base."]
 

@@ -369,6 +369,13 @@ def test_fields_that_belong_together_are_taken() -> None:
     parsed(evaluation={"tasks": ["own"], "tasks_path": "mine"})
 
 
+def test_scores_that_are_no_list_are_told_how_one_is_written() -> None:
+    problem, remedy = refused(evaluation={"scores": "bleu"})
+    assert problem == "evaluation.scores = bleu is neither auto nor a list of scores."
+    assert remedy == "Use auto, or a list such as [bleu]."
+    assert parsed(evaluation={"scores": ["bleu"]}).evaluation.scores == ["bleu"]
+
+
 def test_gates_are_numbers_by_name_and_can_be_set(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL + "evaluation: {gates: {exact_match: 0.05, forgetting: 1e-2}}\n")
     assert read_recipe(path).evaluation.gates == {"exact_match": 0.05, "forgetting": 0.01}

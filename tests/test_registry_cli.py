@@ -18,7 +18,7 @@ from onlay import cli, ledger, stages
 from onlay.cli import registry as verbs
 from onlay.errors import OnlayError
 from onlay.recipe import Recipe, parse_recipe
-from onlay.records import Gate, Report, Run
+from onlay.records import Dataset, Gate, Report, Run
 from onlay.release.describe import describe
 from onlay.stages.registering import find_version
 from tests.builders import recipe_for, save_tiny_base, write_rows
@@ -82,14 +82,14 @@ def make_report(run: str, folder: str, *, passed: bool = True, **changes: Any) -
     gate = Gate(name="exact_match_gain", limit=0.02, found=0.1, passed=passed, reason="gained 10 points")
     values: dict[str, Any] = {
         "sources": {"run": Run.load(Path(run)).digest}, "path": folder, "system": "adapter", "systems": {"adapter": run},
-        "base": "base", "base_revision": None, "data": "rows.jsonl", "data_digest": "d", "rows": 4,
+        "base": "base", "base_revision": None, "data": "rows.jsonl", "data_digest": Dataset.load(Path(run)).digest, "rows": 4,
         "scores": {"base": {"exact_match": 0.1}, "adapter": {"exact_match": 0.75}}, "comparisons": [],
         "smallest_difference": {}, "likelihood": [], "forgetting": [], "safety": [], "judged": [], "gates": [gate],
         "verdict": "ship" if passed else "do not ship", "reasons": [], "risks": [], "failures": 0, "likely_causes": [],
         "seconds": 1.0, "environment": {},
     }  # fmt: skip
     report = Report(**(values | changes))
-    Path(folder).mkdir()
+    Path(folder).mkdir(exist_ok=True)
     report.save(Path(folder))
     ledger.append(report, folder)
     return Path(folder)
@@ -261,6 +261,52 @@ def test_a_report_of_another_run_is_refused(place: Path, say: Say) -> None:
     make_report("run2", "report2")
     assert "another run" in say("register", "run1", "--name", "a", "--report", "report2", code=2)["error"]
     assert say("register", "run1", "--name", "a")["verdict"] is None
+
+
+def weights_of(run: str) -> str:
+    from onlay.release.store import file_digest
+
+    return file_digest(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def sources_of(run: str, *, weights: str | None = None) -> dict[str, str]:
+    return {"run": Run.load(Path(run)).digest, "weights": weights or weights_of(run)}
+
+
+def test_the_report_that_speaks_for_a_run_is_taken(place: Path, say: Say) -> None:
+    from onlay.stages import checking
+
+    def chosen() -> str:
+        with_report = [note for note in say("register", "run1", "--name", "a")["notes"] if "with the Report in" in note]
+        path = with_report[0].rpartition(" in ")[2] if with_report else "none"
+        found, folder, _, _ = checking._find_report(checking._find("run1"), Run.load(Path("run1")))
+        assert (folder is None, found is None) == (path == "none", path == "none")
+        assert folder is None or str(folder) == path  # `check` looks at the one that `register` takes.
+        return path.removeprefix(str(place) + "/")
+
+    make_report("run1", "elsewhere", data_digest="other rows")  # Newer or not: not on the run's own rows.
+    assert chosen() == "none"
+    make_report("run1", "first")
+    assert chosen() == "first"
+    make_report("run1", "second", sources=sources_of("run1"))
+    make_report("run1", "foreign", data_digest="other rows")
+    make_report("run1", "retrained", sources=sources_of("run1", weights="0" * 64))
+    make_report("run2", "theirs")
+    assert chosen() == "second"
+    make_report("run1", "run1/report")
+    make_report("run1", "third")
+    assert chosen() == "run1/report"
+    make_report("run1", "run1/report", sources=sources_of("run1", weights="0" * 64))
+    assert chosen() == "third"
+    told = say("register", "run1", "--name", "a")["notes"]
+    assert "no Report of the run: the one in run1/report measured other weights than the run has now" in told
+
+
+def test_a_report_on_other_weights_is_refused_also_where_it_is_named(place: Path, say: Say) -> None:
+    make_report("run1", "stale", sources=sources_of("run1", weights="0" * 64))
+    refused = say("register", "run1", "--name", "a", "--report", "stale", code=1)
+    assert "stale measured other weights than run1 has now" in refused["error"]
+    assert refused["remedy"] == "onlay evaluate run1"
 
 
 def test_full_tuning_is_refused(place: Path, say: Say) -> None:

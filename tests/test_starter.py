@@ -9,7 +9,7 @@ import yaml
 
 from onlay.errors import DataError
 from onlay.hardware import Device, Hardware
-from onlay.recipe import DataSection, Recipe, field_paths, parse_recipe, read_recipe
+from onlay.recipe import DataSection, field_paths, parse_recipe, read_recipe
 from onlay.starter import CANDIDATES, MOST_ROWS, choose_base, look_at, propose
 
 FIELD = re.compile(r"^  #(?=\w+: )", re.MULTILINE)
@@ -98,7 +98,7 @@ def test_what_the_user_said_about_the_data_is_active(tmp_path: Path) -> None:
         propose(path, hardware(None))
     section = DataSection.model_validate({"train": str(path), "prompt_field": "frage", "answer_field": "antwort"})
     text, _ = propose(path, hardware(None), section=section, base="pocket")
-    recipe = Recipe.model_validate(yaml.safe_load(text))
+    recipe = parse_recipe(yaml.safe_load(text))
     assert (recipe.data.prompt_field, recipe.data.answer_field, recipe.model.base) == ("frage", "antwort", "pocket")
 
 
@@ -107,7 +107,7 @@ def test_paths_and_names_that_yaml_would_misread_are_quoted(tmp_path: Path) -> N
     folder.mkdir()
     data = rows_file(folder, 3)
     text, _ = propose(data, hardware(None))
-    assert Recipe.model_validate(yaml.safe_load(text)).data.train == str(data)
+    assert parse_recipe(yaml.safe_load(text)).data.train == str(data)
 
 
 def test_an_empty_file_is_an_error_and_long_files_are_not_read_to_the_end(

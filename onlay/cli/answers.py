@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from onlay.cli.app import (
+    AnsweringArgument,
     CompareOption,
     JsonOption,
     PenaltyOption,
-    RunArgument,
     SeedOption,
     SystemOption,
     TemperatureOption,
@@ -29,7 +29,7 @@ from onlay.errors import OnlayError
 
 @app.command()
 def generate(
-    run: RunArgument,
+    run: AnsweringArgument,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="May be repeated. Without it, one prompt a line from standard input."),
@@ -66,7 +66,7 @@ def generate(
 
 @app.command()
 def chat(
-    run: RunArgument,
+    run: AnsweringArgument,
     system: SystemOption = None,
     compare: CompareOption = False,
     max_new_tokens: TokensOption = 256,

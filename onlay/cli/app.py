@@ -33,6 +33,9 @@ SetOption = Annotated[
 ]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe; `onlay init DATA` writes one.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+AnsweringArgument = Annotated[
+    Path, typer.Argument(metavar="RUN|VERSION", help="A run folder, or a registered version such as support@4.")
+]
 SystemOption = Annotated[str | None, typer.Option("--system", help="System message. Default: the recipe's.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
@@ -73,9 +76,9 @@ def write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def say_next(command: str) -> None:
-    """The next command, on one line however long, so that it can be copied."""
-    print(f"\nNext: {command}")
+def say_next(*commands: str) -> None:
+    """The next commands, each on one line however long, so that it can be copied."""
+    print("\nNext: " + "\n      ".join(commands))
 
 
 def terminal(*, stderr: bool = True) -> Any:

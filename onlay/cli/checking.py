@@ -34,7 +34,7 @@ def check(
     def display() -> None:
         from onlay.console.checklist import checklist_view
 
-        terminal(stderr=False).print(checklist_view(found))
+        checklist_view(terminal(stderr=False), found)
 
     values = {"run": found.run, "ready": found.ready, "items": [asdict(item) for item in found.items]}
     emit(values, as_json, display)

@@ -75,7 +75,11 @@ def compare(
         decided = f"{judged.wins} for {judged.system}, {judged.losses} for {judged.against}, {judged.ties} tied"
         print(f"\n{decided} of {judged.rows} rows; p {judged.p_value:.2g} (sign test).")
         if left:
-            say_next(f"onlay compare {what} --against {against}  (left: {left})")
+            print(f"{left} {'row is' if left == 1 else 'rows are'} left.")
+            # The same options draw the same rows.
+            options = [("--against", against), ("--rows", rows), ("--again", again or None), ("--seed", seed or None)]
+            given = " ".join(f"{option} {value}" for option, value in options if value is not None)
+            say_next(f"onlay compare {what} {given}")
 
     emit(judged.model_dump(mode="json") | {"left": left}, as_json, display)
 

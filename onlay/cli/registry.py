@@ -13,6 +13,7 @@ from onlay.cli.app import JsonOption, RunArgument, app, emit, say_next, terminal
 
 if TYPE_CHECKING:
     from onlay.records import AdapterVersion
+    from onlay.release.registry import DamagedVersion
 
 VersionArgument = Annotated[
     str, typer.Argument(metavar="VERSION", help="NAME@4, NAME@ALIAS, NAME@latest, or NAME (the latest).")
@@ -46,7 +47,10 @@ def register(
 
     def display() -> None:
         _say(done.version, new=done.new, notes=done.notes)
-        if done.version.verdict is None:
+        if done.version.rank is None and done.version.verdict is None:
+            # No gates judge a classification head: whoever promotes it says why.
+            say_next(f"onlay promote {done.version.id} --as live --force --reason 'REASON'")
+        elif done.version.verdict is None:
             say_next(f"onlay evaluate {run}, then onlay register {run} --name {name}")
         else:
             say_next(f"onlay promote {done.version.id} --as live")
@@ -95,15 +99,23 @@ def versions(
     as_json: JsonOption = False,
 ) -> None:
     """List the versions of an adapter, or of all."""
+    from onlay.release.registry import DamagedVersion
     from onlay.stages import registering
 
-    rows = [_values(version, aliases) for version, aliases in registering.versions(name)]
+    found = registering.versions(name)
+    rows = [
+        _values(version, aliases) | {"damaged": version.problem if isinstance(version, DamagedVersion) else None}
+        for version, aliases in found
+    ]
 
     def display() -> None:
         from onlay.console.registry import versions_table
 
         empty = "Nothing is registered yet: onlay register RUN --name NAME"
         terminal(stderr=False).print(versions_table(rows) if rows else empty)
+        for version, _ in found:
+            if isinstance(version, DamagedVersion):
+                print(f"\n{version.id}: {version.problem}.\n{version.remedy}")
 
     emit({"versions": rows}, as_json, display)
 
@@ -222,15 +234,20 @@ def compatible(
     def display() -> None:
         from onlay.console.registry import compatibility_view
 
-        compatibility_view(terminal(stderr=False), found)
+        compatibility_view(terminal(stderr=False), found, named=what)
 
     emit(asdict(found), as_json, display)
     if found.fits is False:
         sys.exit(1)
 
 
-def _values(version: AdapterVersion, aliases: list[str]) -> dict[str, Any]:
-    return version.model_dump(mode="json") | {"id": version.id, "digest": version.digest, "aliases": aliases}
+def _values(version: AdapterVersion | DamagedVersion, aliases: list[str]) -> dict[str, Any]:
+    from onlay.records import Record
+
+    values = (
+        version.model_dump(mode="json") | {"digest": version.digest} if isinstance(version, Record) else asdict(version)
+    )
+    return values | {"id": version.id, "aliases": aliases}
 
 
 def _say(version: AdapterVersion, *, new: bool, notes: list[str]) -> None:

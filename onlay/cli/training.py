@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onlay.cli.app import INTERRUPTED, JsonOption, SetOption, app, emit, say_next, terminal
+
+if TYPE_CHECKING:
+    from onlay.records import Run
 
 
 @app.command()
@@ -34,10 +37,18 @@ def train(
         from onlay.console.runs import run_table
 
         terminal(stderr=False).print(run_table(run))
-        compare = "" if run.method == "full" else " --compare"
-        use = f"generate {run.path} --prompt 'a text'" if run.method == "head" else f"chat {run.path}{compare}"
-        say_next(f"onlay train --resume {run.path}" if run.status == "interrupted" else f"onlay {use}")
+        say_next(*_next_commands(run))
 
     emit(run.model_dump(mode="json") | {"digest": run.digest}, as_json, display)
     if run.status == "interrupted":
         sys.exit(INTERRUPTED)
+
+
+def _next_commands(run: Run) -> list[str]:
+    if run.status == "interrupted":
+        return [f"onlay train --resume {run.path}"]
+    if run.method == "head":
+        return [f"onlay generate {run.path} --prompt 'a text'"]
+    # Without held-out rows there is nothing to evaluate it on.
+    evaluate = [f"onlay evaluate {run.path}"] if run.evaluation_loss is not None else []
+    return [*evaluate, f"onlay chat {run.path}{'' if run.method == 'full' else ' --compare'}"]

@@ -21,7 +21,7 @@ def report_view(report: Report, *, run: str | None = None) -> Group:
 
 
 def _parts(report: Report, run: str | None) -> Iterator[RenderableType]:
-    head = f"{report.system} on {report.rows:,} rows of {report.data}"
+    head = f"{report.system} on {report.rows:,} {'row' if report.rows == 1 else 'rows'} of {report.data}"
     yield Text.assemble((report.verdict.upper(), VERDICTS[report.verdict]), "  ", head)
     for reason in report.reasons:
         yield Text(f"  {reason}")
@@ -32,6 +32,7 @@ def _parts(report: Report, run: str | None) -> Iterator[RenderableType]:
         yield _comparisons(compared)
     else:
         yield from _scores(report)
+        yield from _likelihood(report)
     if report.gates:
         yield Text("")
         yield _gates(report)
@@ -40,7 +41,9 @@ def _parts(report: Report, run: str | None) -> Iterator[RenderableType]:
         yield from (Text(f"  {risk}", "yellow") for risk in report.risks)
     if report.likely_causes:
         yield Text("\nLikely causes of repetition and answers that never stop", "bold")
-        yield from (Text(f"  {number}. {cause}") for number, cause in enumerate(report.likely_causes, start=1))
+        rates, *causes = report.likely_causes
+        yield Text(f"  {rates}")
+        yield from (Text(f"  {number}. {cause}") for number, cause in enumerate(causes, start=1))
     yield Text("")
     yield Text(_next(report, run), style="cyan")
 
@@ -78,6 +81,19 @@ def _scores(report: Report) -> Iterator[RenderableType]:
         table = _table("score", "value", right=("value",))
         for score, value in scores.items():
             table.add_row(Text(spoken(score)), unit_in_report(report, score).value(value))
+        yield Text("")
+        yield table
+
+
+def _likelihood(report: Report) -> Iterator[RenderableType]:
+    mine = [one for one in report.likelihood if one.system == report.system]
+    if mine:
+        numbers = ("tokens", "nats per token", "perplexity", "bits per byte")
+        table = _table("text", *numbers, right=numbers)
+        for one in mine:
+            perplexity = f"{one.perplexity:,.2f}"
+            row = (f"{one.tokens:,}", f"{one.nats_per_token:.4f}", perplexity, f"{one.bits_per_byte:.4f}")
+            table.add_row(Text(spoken(one.text)), *row)
         yield Text("")
         yield table
 

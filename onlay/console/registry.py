@@ -26,13 +26,23 @@ def _table(*columns: str) -> Table:
 def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("version", "aliases", "base", "held-out loss", "gates", "registered", "digest")
     for row in rows:
+        if row["damaged"] is not None:
+            table.add_row(
+                Text(row["id"]), Text(", ".join(row["aliases"]), "bold"), Text("damaged", "red"), "", "",
+                _when(row), row["digest"][:_SHORT_DIGEST],
+            )  # fmt: skip
+            continue
         loss = row["evaluation_loss"]
         table.add_row(
             Text(row["id"]), Text(", ".join(row["aliases"]), "bold"), Text(row["base"]),
-            "-" if loss is None else f"{loss:.4f}", _gates(row), row["registered_at"][:16].replace("T", " "),
+            "-" if loss is None else f"{loss:.4f}", _gates(row), _when(row),
             row["digest"][:_SHORT_DIGEST],
         )  # fmt: skip
     return table
+
+
+def _when(row: Mapping[str, Any]) -> str:
+    return str(row["registered_at"][:16].replace("T", " "))
 
 
 def _gates(row: Mapping[str, Any]) -> str:
@@ -79,9 +89,10 @@ def _shown(value: Any, shorten: bool) -> str:
     return str(value)[:_SHORT_DIGEST] if shorten else str(value)
 
 
-def compatibility_view(console: Console, found: Compatibility) -> None:
+def compatibility_view(console: Console, found: Compatibility, *, named: str) -> None:
+    """`named`: the adapter as the user named it."""
     fits = {True: "fits", False: "does not fit", None: "is not compared with"}[found.fits]
-    console.print(Text(f"{found.adapter} {fits} {found.base or 'a base'}.", "bold"), soft_wrap=True)
+    console.print(Text(f"{named} {fits} {found.base or 'a base'}.", "bold"), soft_wrap=True)
     for note in found.notes:
         console.print(Text(f"- {note}"), soft_wrap=True)
     for server in found.servers:

@@ -33,7 +33,8 @@ class Evidence:
 
 
 def likely_causes(rates: Mapping[str, float | None], evidence: Evidence) -> list[str]:
-    """Causes with their evidence, likely ones first; empty where no more than MANY of the answers loop or do not stop."""
+    """How many answers are concerned, then causes with their evidence, likely ones first; empty where no more than MANY of
+    the answers loop or do not stop."""
     loops, endless = rates.get("loop") or 0.0, rates.get("no_stop") or 0.0
     if loops <= MANY and endless <= MANY:
         return []
@@ -59,7 +60,7 @@ def _causes(evidence: Evidence, *, endless: float, loops: float) -> list[tuple[s
             (
                 "too many epochs",
                 evidence.epochs > MANY_EPOCHS or risen > OVERFIT,
-                f"{evidence.epochs:g} passes over the rows; the last held-out loss is {risen:.0%} above the best",
+                f"{evidence.epochs:.1f} passes over the rows; the last held-out loss is {risen:.0%} above the best",
             )
         )
     if evidence.duplicate_share is not None:

@@ -166,14 +166,16 @@ def smallest_difference(score: Score, *, rows: int, spread: float | None = None)
     """The least true difference that `rows` rows show (p < 0.05, two-sided) in four trials of five, in the score's own unit.
 
     `spread` is what `spread_of` finds; before training it is a prior: PRIOR_DISCORDANT for yes/no scores, PRIOR_DEVIATION
-    else (times 100 for scores of 0..100).  None where so few rows show nothing at all; ValueError for nats without a spread.
+    else (times 100 for scores of 0..100).  None where so few rows show nothing at all, not even the largest difference that the
+    score can have; ValueError for nats without a spread.
     """
     if spread is None:
         if score.unit == "nats":
             raise ValueError("nats have no bound, so their spread must be given")
         prior = PRIOR_DISCORDANT if score.kind == "binary" else PRIOR_DEVIATION
         spread = prior * (100 if score.unit == "points" else 1)
-    return _least(score.kind, rows, spread)
+    least, largest = _least(score.kind, rows, spread), {"share": 1.0, "points": 100.0}.get(score.unit, math.inf)
+    return least if least is not None and least <= largest else None
 
 
 def _least(kind: Kind, rows: int, spread: float) -> float | None:
@@ -226,6 +228,7 @@ class Seeds:
     low: float
     high: float
     """95 %, Student's t."""
+    p_value: float
     verdict: str
 
 
@@ -242,7 +245,13 @@ def combine_seeds(score: Score, gains: Sequence[float]) -> Seeds:
     p_value = 2 * t_cdf(-abs(mean) / error, count - 1) if error else float(mean == 0)
     words = verdict(score, mean, low=low, high=high, p_value=p_value)
     return Seeds(
-        seeds=count, mean=mean, standard_error=error, low=low, high=high, verdict=f"{words}, over {count} seeds"
+        seeds=count,
+        mean=mean,
+        standard_error=error,
+        low=low,
+        high=high,
+        p_value=p_value,
+        verdict=f"{words}, over {count} seeds",
     )
 
 

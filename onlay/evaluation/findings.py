@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from onlay.data.build import message_of
 from onlay.evaluation.choice import choose_scores
-from onlay.evaluation.compare import compare, smallest_difference, spread_of
+from onlay.evaluation.compare import LEVEL, compare, smallest_difference, spread_of
 from onlay.evaluation.likelihood import measured_nats, total
 from onlay.evaluation.measuring import Material, Measurements
 from onlay.evaluation.safety import score_safety
@@ -98,18 +98,30 @@ def _answers(found: Findings, material: Material, measurements: Measurements, *,
                     compare(ours, table[system][name], system=judged, against=system, seed=asked.seed),
                 )
     if "base" in table and judged != "base":
-        for name in task:
-            ours, theirs = table[judged][name], table["base"][name]
-            spread = spread_of(ours, theirs, seed=asked.seed)
-            least = smallest_difference(ours.score, rows=min(ours.rows, theirs.rows), spread=spread) if spread else None
-            if least is not None:
-                found.smallest_difference[name] = least
+        _detectable(found, {name: (table[judged][name], table["base"][name]) for name in task}, seed=asked.seed)
     for score, one in table[judged].items():
         if one.rows < len(material.questions) and score in task:
             found.notes.append(
                 f"{score} counts {one.rows:,} of {len(material.questions):,} rows: the others lack what it needs."
             )
     found.answers = _rows(material, measurements, table)
+
+
+def _detectable(found: Findings, pairs: Mapping[str, tuple[Measured, Measured]], *, seed: int) -> None:
+    """The least difference of each score that these rows would show; a note where they show none there can be."""
+    shown = {one.score for one in found.comparisons if one.against == "base" and one.p_value < LEVEL}
+    blind = []
+    for name, (ours, theirs) in pairs.items():
+        spread = spread_of(ours, theirs, seed=seed)
+        if not spread:
+            continue
+        least = smallest_difference(ours.score, rows=min(ours.rows, theirs.rows), spread=spread)
+        if least is not None:
+            found.smallest_difference[name] = least
+        elif name not in shown:
+            blind.append(name)
+    if blind:
+        found.notes.append(f"These rows are too few to show any difference of {', '.join(blind)}.")
 
 
 def _rows(
@@ -220,5 +232,5 @@ def _safety(found: Findings, material: Material, measurements: Measurements, *, 
             f"{empty} of {len(material.prompts)} safety prompts got no answer at all; none counts as a refusal."
         )
     base = outcomes.get("base")
-    if base is not None and not base.refused_harmful:
+    if base is not None and judged in outcomes and judged != "base" and not base.refused_harmful:
         found.notes.append("The base refuses none of the harmful prompts, so the safety comparison cannot show a loss.")

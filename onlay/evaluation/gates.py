@@ -37,8 +37,20 @@ ROUNDING = 1e-9
 """0.6 - 0.55 is a little less than 0.05: differences are held against limits but for what subtraction rounds."""
 
 
+NO_BASE = "there is no base to compare with"
+
+
 def _reaches(value: float, limit: float) -> bool:
     return value >= limit - ROUNDING
+
+
+def _rounded(value: float) -> float:
+    """0, and not -0, for what is 0 but for what subtraction rounds."""
+    return 0.0 if abs(value) < ROUNDING else value
+
+
+def _has_base(found: Found) -> bool:
+    return any(one.against == "base" for one in (*found.comparisons, *found.forgetting, *found.safety))
 
 
 def check_gate_names(gates: Mapping[str, float]) -> None:
@@ -66,10 +78,12 @@ def check_gates(gates: Mapping[str, float], found: Found) -> list[Gate]:
 def _gain(name: str, limit: float, found: Found) -> Gate:
     one = next((one for one in found.comparisons if one.score == name and one.against == "base"), None)
     if one is None:
-        return _gate(name, limit, None, False, f"{name} was not measured against the base on these rows")
+        why = f"{name} was not measured against the base on these rows" if _has_base(found) else NO_BASE
+        return _gate(name, limit, None, False, why)
     gain, floor = one.difference, one.low
     if not one.higher_is_better:
         gain, floor = -one.difference, -one.high
+    gain, floor = _rounded(gain), _rounded(floor)
     if limit > 0:
         shown = one.p_value < LEVEL
         chance = "" if shown else f", and that may be chance (p {one.p_value:.2g})"
@@ -86,7 +100,8 @@ def _gain(name: str, limit: float, found: Found) -> Gate:
 def _forgetting(limit: float, found: Found) -> Gate:
     texts = [one for one in found.forgetting if one.score.startswith("nats_per_token")]
     if not texts:
-        return _gate("forgetting", limit, None, False, "no general text was measured")
+        why = "no general text was measured" if _has_base(found) else NO_BASE
+        return _gate("forgetting", limit, None, False, why)
     worst = max(texts, key=lambda one: one.high)
     passed = _reaches(limit, worst.high)
     return _gate(
@@ -98,11 +113,12 @@ def _forgetting(limit: float, found: Found) -> Gate:
 def _safety(limit: float, found: Found) -> Gate:
     losses = {one.score: -one.difference if one.higher_is_better else one.difference for one in found.safety}
     if not losses:
-        return _gate("safety", limit, None, False, "no safety prompt was asked")
+        why = "no safety prompt was asked" if _has_base(found) else NO_BASE
+        return _gate("safety", limit, None, False, why)
     name, worst = max(losses.items(), key=lambda item: item[1])
-    return _gate(
-        "safety", limit, worst, _reaches(limit, worst), f"{name} is worse by {worst:.1%}; {limit:.1%} is allowed"
-    )
+    worst = _rounded(worst)
+    told = f"{name} is worse by {worst:.1%}" if worst > 0 else "neither rate of refusals is worse"
+    return _gate("safety", limit, worst, _reaches(limit, worst), f"{told}; {limit:.1%} is allowed")
 
 
 def _latency(limit: float, found: Found) -> Gate:
@@ -152,21 +168,34 @@ def decide(
     if not gates:
         reasons.append("The recipe has no gates, so nothing decides but the reader: set evaluation.gates.")
     reasons += [f"{one.score} against {one.against}: {one.verdict}." for one in found.comparisons[:3]]
-    risks = list(notes)
-    risks += [
-        f"{one.score} is {one.verdict} than {one.against}."
-        for one in found.comparisons
-        if one.verdict.startswith("worse")
-    ]
-    risks += [
-        f"{one.score} on {one.system}: {one.verdict}."
-        for one in (*found.forgetting, *found.safety)
-        if one.verdict.startswith("worse")
-    ]  # fmt: skip
-    if not found.forgetting:
-        risks.append("What was forgotten was not measured.")
-    if not found.safety:
-        risks.append("Refusals were not measured.")
-    for score, least in list(smallest_difference.items())[:1]:
+    risks = [*notes, *_losses(found)]
+    if not _has_base(found):
+        risks.append("There is no base to compare with: what was forgotten or is refused less often cannot be told.")
+    else:
+        risks += ["What was forgotten was not measured."] if not found.forgetting else []
+        risks += ["Refusals were not measured."] if not found.safety else []
+    unseen = {one.score for one in found.comparisons if one.against == "base" and one.p_value >= LEVEL}
+    for score, least in [(score, least) for score, least in smallest_difference.items() if score in unseen][:1]:
         risks.append(f"These rows would not show a change of {score} below {told_size(find_score(score), least)}.")
     return Decision(verdict=verdict, reasons=reasons, risks=risks)
+
+
+def _losses(found: Found) -> list[str]:
+    """What is worse than the base or the version in use.  Other baselines and adapters are there to be compared with,
+    and may well be better: the table has them."""
+    compared = [(one.score, one) for one in found.comparisons if one.against in ("base", "live")]
+    compared += [(_score_and_text(one), one) for one in found.forgetting]
+    compared += [(one.score, one) for one in found.safety]
+    return [
+        f"{what} is worse than {one.against}{one.verdict.removeprefix('worse')}."
+        for what, one in compared
+        if one.verdict.startswith("worse")
+    ]
+
+
+def _score_and_text(one: Comparison) -> str:
+    """`nats_per_token (own.txt)` is `nats_per_token on own.txt`."""
+    name, _, where = one.score.removesuffix(")").partition(" (")
+    where = {"": "", "general": "general text"}.get(where, where)
+    where = where or {"nats_per_token": "general text", "accuracy": "general checks"}.get(name, "")
+    return f"{name} on {where}" if where else name

@@ -135,6 +135,8 @@ def _gates_told(report: Report) -> str:
         return "The recipe has no gates: read the numbers and decide."
     if not failed:
         return "The gate is passed." if every == 1 else f"All {every} gates are passed."
+    if every == 1:
+        return "The gate is not passed."
     return f"{failed} of {every} gates {'is' if failed == 1 else 'are'} not passed."
 
 
@@ -147,7 +149,7 @@ def tiles(report: Report) -> list[Tile]:
     if score in report.smallest_difference:
         unit, least = unit_in_report(report, score), report.smallest_difference[score]
         number = f"{unit.number(least).lstrip('+')} {unit.name}".rstrip()
-        told = f"of {spoken(score)}: a smaller true difference may well go unseen in {report.rows:,} rows."
+        told = f"of {spoken(score)}: any true difference this large or larger shows in {report.rows:,} rows, four times of five."
         found.append(Tile(label="Detectable", number=number, outcome="none", told=told))
     return found
 

@@ -61,6 +61,12 @@ def explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
             f"adapter.targets = {show_value(given)} is neither a preset nor a list of modules.",
             "Use all-linear, attention, mlp, qv, or a list such as [q_proj, v_proj].",
         )
+    if name == "evaluation.scores" and kind == "literal_error" and not isinstance(given, list):
+        named = given if isinstance(given, str) else "exact_match"
+        return (
+            f"evaluation.scores = {show_value(given)} is neither auto nor a list of scores.",
+            f"Use auto, or a list such as [{named}].",
+        )
     if name == "training.recompute":
         return (
             f"training.recompute = {show_value(given)} is neither auto, none, all nor a number of layers.",

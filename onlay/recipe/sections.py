@@ -262,7 +262,8 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        return digest_of(self.model_dump(mode="json"))
+        # Without defaults: a field that a later version adds leaves the digests of earlier recipes as they are.
+        return digest_of(self.model_dump(mode="json", exclude_defaults=True))
 
     @property
     def learning_rate(self) -> float:

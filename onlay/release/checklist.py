@@ -71,6 +71,8 @@ class Item:
     """In words."""
     details: list[str]
     """What else the evidence says, a line each."""
+    commands: dict[str, str]
+    """Server to the command that serves it."""
     record: str | None
     """Kind of the record that is the evidence."""
     digest: str | None
@@ -84,8 +86,8 @@ def walk(seen: Evidence) -> list[Item]:
     found = [(phase, name, check(seen)) for phase, checks in CHECKS.items() for name, check in checks.items()]
     return [
         Item(
-            name=name, phase=phase, state=one.state, evidence=one.evidence, details=list(one.details), record=one.record,
-            digest=one.digest, remedy=one.remedy,
+            name=name, phase=phase, state=one.state, evidence=one.evidence, details=list(one.details),
+            commands=dict(one.commands), record=one.record, digest=one.digest, remedy=one.remedy,
         )
         for phase, name, one in found
     ]  # fmt: skip

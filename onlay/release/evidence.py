@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from onlay.recipe import Recipe
@@ -79,10 +79,18 @@ class Outcome:
     remedy: str | None = None
     """What to do; None where it is passed."""
     details: Sequence[str] = ()
+    commands: Mapping[str, str] = field(default_factory=dict)
+    """Of whom to the command that it is done with, where there are several ways on."""
 
 
-def passed(evidence: str, source: Record | Recipe | None, *, details: Sequence[str] = ()) -> Outcome:
-    return _outcome("passed", evidence, source, None, details)
+def passed(
+    evidence: str,
+    source: Record | Recipe | None,
+    *,
+    details: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
+) -> Outcome:
+    return replace(_outcome("passed", evidence, source, None, details), commands=commands or {})
 
 
 def failed(evidence: str, source: Record | Recipe | None, remedy: str, *, details: Sequence[str] = ()) -> Outcome:

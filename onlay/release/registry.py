@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,13 +24,34 @@ from onlay.records import AdapterVersion
 from onlay.release.database import Database
 from onlay.release.history import MIGRATIONS, Event, event_of, insert_move, insert_version, last_move, last_moves
 from onlay.release.names import LATEST, LIVE, check_alias, check_files, check_name
-from onlay.release.store import MANIFEST, Store
+from onlay.release.store import MANIFEST, Stage, Store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
     version: str
     problems: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DamagedVersion:
+    """A version whose manifest is missing or was changed: what its row still says."""
+
+    name: str
+    version: int
+    digest: str
+    origin: str
+    registered_at: str
+    registered_by: str
+    problem: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def remedy(self) -> str:
+        return _put_back(self.origin)
 
 
 class Registry:
@@ -54,15 +76,16 @@ class Registry:
         """Copies `files` (path in the version to path on disk) in and gives the content a number; whether it is new.
 
         `describe` gets the folder with the copies and their SHA-256, checks them, and makes the version's description; it
-        refuses by raising.  The same content under the same name is the version that is there.  `version` is the number
-        wanted; where it is taken, and without one, it is one more than the highest.  Raises OutputError.
+        refuses by raising.  The same content under the same name is the version that is there; where its files on the disk
+        are damaged, these take their place.  `version` is the number wanted; where it is taken, and without one, it is one
+        more than the highest.  Raises OutputError.
         """
         check_name(name)
         check_files(files)
         with self.store.adding(known=self.digests) as stage:
             digests = stage.take(files)
             content = describe(stage.folder, digests).model_copy(update=_BLANK)
-            stage.publish(content.digest, files=content.files, manifest=content.to_json())
+            self._publish(stage, content)
             with self._database.write() as connection:
                 row = connection.execute(
                     "SELECT * FROM versions WHERE name = ? AND digest = ?", (name, content.digest)
@@ -71,6 +94,23 @@ class Registry:
                 if new:
                     row = insert_version(connection, name, content.digest, origin=origin, wanted=version)
         return self._load(row), new
+
+    def _publish(self, stage: Stage, content: AdapterVersion) -> None:
+        """Puts the files that were taken into the store.  A folder there that is not as registered makes room for them."""
+        folder, aside = self.store.folder(content.digest), stage.path / "damaged"
+        damaged = folder.is_dir() and (self._content(content.digest) is None or self._is_damaged(content))
+        if damaged:
+            with suppress(FileNotFoundError):  # Another process repairs it too.
+                folder.rename(aside)
+        try:
+            stage.publish(content.digest, files=content.files, manifest=content.to_json())
+        except (OSError, OutputError):
+            if aside.is_dir() and not folder.exists():
+                aside.rename(folder)
+            raise
+
+    def _is_damaged(self, content: AdapterVersion) -> bool:
+        return bool(self.store.damage(content.digest, content.files))
 
     def digests(self) -> set[str]:
         """Of every version that has a number: what else lies in the store is from processes that were killed."""
@@ -85,8 +125,11 @@ class Registry:
         with self._database.read() as connection:
             return [str(row[0]) for row in connection.execute("SELECT DISTINCT name FROM versions ORDER BY name")]
 
-    def versions(self, name: str | None = None) -> list[AdapterVersion]:
-        """Of one name (OutputError when there is none of that name), or of all; by name and number."""
+    def versions(self, name: str | None = None) -> list[AdapterVersion | DamagedVersion]:
+        """Of one name (OutputError when there is none of that name), or of all; by name and number.
+
+        One whose manifest cannot be read is listed as damaged; that the other files are whole is `verify`'s to say.
+        """
         if name is not None:
             self._check_known(name)
         if not self._database.path.is_file():
@@ -95,7 +138,7 @@ class Registry:
             rows = connection.execute(
                 "SELECT * FROM versions WHERE ? IS NULL OR name = ? ORDER BY name, version", (name, name)
             ).fetchall()
-        return [self._load(row) for row in rows]
+        return [self._listed(row) for row in rows]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias to the version's number; `latest`, which always is, left out."""
@@ -112,15 +155,18 @@ class Registry:
     def resolve(self, reference: str) -> AdapterVersion:
         """The version that `name@4`, `name@live`, `name@latest` or `name` (the latest) means.
 
-        Raises OutputError listing what there is.
+        Raises OutputError listing what there is, and ProofError when the manifest of that one is damaged.
         """
+        return self._load(self._row(reference))
+
+    def _row(self, reference: str) -> sqlite3.Row:
         name, at, selector = reference.partition("@")
         self._check_known(name)
-        if not at or selector == LATEST:
-            return self.versions(name)[-1]
         numbers = self._numbers(name)
         aliases = self.aliases(name)
         number = int(selector) if selector.isascii() and selector.isdigit() else aliases.get(selector)
+        if not at or selector == LATEST:
+            number = numbers[-1]
         if number not in numbers:
             named = "".join(f", {name}@{alias} is {name}@{to}" for alias, to in aliases.items())
             raise OutputError(
@@ -128,8 +174,10 @@ class Registry:
                 f"There {'is' if len(numbers) == 1 else 'are'} {_range(name, numbers)}{named}.",
             )
         with self._database.read() as connection:
-            row = connection.execute("SELECT * FROM versions WHERE name = ? AND version = ?", (name, number)).fetchone()
-        return self._load(row)
+            row: sqlite3.Row = connection.execute(
+                "SELECT * FROM versions WHERE name = ? AND version = ?", (name, number)
+            ).fetchone()
+        return row
 
     def history(self, name: str) -> list[Event]:
         """Every registration and every move of an alias, oldest first.  Raises OutputError for an unknown name."""
@@ -208,16 +256,14 @@ class Registry:
         rows = self._rows(reference)
         whole, damaged = [], []
         for row in rows:
-            where = f"{row['name']}@{row['version']}"
-            try:
-                version = self._load(row)
-            except ProofError as error:
-                damaged.append(Damage(version=where, problems=[error.problem]))
+            version = self._listed(row)
+            if isinstance(version, DamagedVersion):
+                damaged.append(Damage(version=version.id, problems=[version.problem]))
                 continue
             problems = self.store.damage(str(row["digest"]), version.files)
             whole.append(version)
             if problems:
-                damaged.append(Damage(version=where, problems=problems))
+                damaged.append(Damage(version=version.id, problems=problems))
         return whole, damaged
 
     def _rows(self, reference: str | None) -> list[sqlite3.Row]:
@@ -226,7 +272,7 @@ class Registry:
             self._check_known(name)
         if not self._database.path.is_file():
             return []
-        number = self.resolve(reference).version if reference is not None and at else None
+        number = self._row(reference)["version"] if reference is not None and at else None
         with self._database.read() as connection:
             return connection.execute(
                 "SELECT * FROM versions WHERE (:name = '' OR name = :name) AND (:number IS NULL OR version = :number)"
@@ -238,28 +284,31 @@ class Registry:
         problems = self.store.damage(Path(version.path).name, version.files)
         if problems:
             raise ProofError(
-                f"{version.id} is not as it was registered: {'; '.join(problems)}.",
-                "Restore the registry from a copy, or register the run again.",
+                f"{version.id} is not as it was registered: {'; '.join(problems)}.", _put_back(version.origin)
             )
 
     def _load(self, row: sqlite3.Row) -> AdapterVersion:
-        digest = str(row["digest"])
-        folder = self.store.folder(digest)
+        version = self._listed(row)
+        if isinstance(version, DamagedVersion):
+            raise ProofError(f"{version.id}: {version.problem}.", version.remedy)
+        return version
+
+    def _listed(self, row: sqlite3.Row) -> AdapterVersion | DamagedVersion:
+        known = {key: row[key] for key in ("name", "version", "origin", "registered_at", "registered_by")}
+        folder = self.store.folder(str(row["digest"]))
+        content = self._content(str(row["digest"]))
+        if content is None:
+            problem = f"{folder / MANIFEST} is missing or was changed"
+            return DamagedVersion(**known, digest=str(row["digest"]), problem=problem)
+        return content.model_copy(update=known | {"path": str(folder)})
+
+    def _content(self, digest: str) -> AdapterVersion | None:
+        """What the manifest says; None where it is missing or was changed."""
         try:
-            content = AdapterVersion.model_validate_json((folder / MANIFEST).read_bytes())
+            content = AdapterVersion.model_validate_json((self.store.folder(digest) / MANIFEST).read_bytes())
         except (OSError, ValidationError):
-            content = None
-        if content is None or content.digest != digest:
-            raise ProofError(
-                f"{row['name']}@{row['version']}: {folder / MANIFEST} is missing or was changed.",
-                "Restore the registry from a copy, or register the run again.",
-            )
-        return content.model_copy(
-            update={
-                "name": row["name"], "version": row["version"], "path": str(folder), "origin": row["origin"],
-                "registered_at": row["registered_at"], "registered_by": row["registered_by"],
-            }
-        )  # fmt: skip
+            return None
+        return content if content.digest == digest else None
 
     def _numbers(self, name: str) -> list[int]:
         with self._database.read() as connection:
@@ -279,11 +328,21 @@ class Registry:
 _BLANK = {"name": "", "version": 0, "path": "", "origin": "", "registered_at": "", "registered_by": ""}
 
 
+def _put_back(origin: str) -> str:
+    return (
+        f"Register {origin} again, with the Report that it had (--report), or pull a copy that was pushed: that puts the"
+        " files back.  Or restore the registry from a copy."
+    )
+
+
 def why_not(version: AdapterVersion) -> tuple[str, str] | None:
     """Why a version may not be promoted, and what to do; None for one that passed its gates."""
     again = (
         f"onlay evaluate {version.origin}, then register it with --report; or promote it with --force --reason '...'"
     )
+    if version.verdict is None and version.rank is None:
+        scores = f"onlay show {version.origin} has its scores"
+        return "a classification head has no gates", f"{scores}; promote it by them with --force --reason '...'"
     if version.verdict is None:
         return "it was registered without a Report", again
     if not version.gates:

@@ -134,8 +134,10 @@ def merge_or_serve(seen: Evidence) -> Outcome:
         return passed(f"to be served as an adapter: {seen.version.id}", seen.version)
     if seen.run.method == "full":
         return passed("a model of its own: there is nothing to merge", seen.run)
-    remedy = f"onlay merge {seen.place} OUT, or onlay register {seen.place} --name NAME"
-    return not_done("neither merged nor registered", seen.run, remedy)
+    register = f"onlay register {seen.place} --name NAME"
+    if seen.run.method == "head":  # It is no update of the base's weights.
+        return not_done("not registered", seen.run, register)
+    return not_done("neither merged nor registered", seen.run, f"onlay merge {seen.place} OUT, or {register}")
 
 
 def serving_compatibility(seen: Evidence) -> Outcome:
@@ -144,15 +146,18 @@ def serving_compatibility(seen: Evidence) -> Outcome:
     if seen.run.method == "full":
         return passed("a plain transformers model: every server that knows the architecture", seen.run)
     if seen.run.method == "head":
-        remedy = "It answers here: onlay generate RUN --prompt '...'"
+        remedy = f"onlay generate {seen.place} --prompt 'a text'"
         return not_yet("a classification head is no adapter that servers know", seen.run, remedy)
     if not seen.finished or not seen.servers:
         return not_done("there is no adapter yet", seen.run, f"onlay train --resume {seen.place}")
     taking = [one for one in seen.servers if one.verdict != "not accepted"]
-    details = [f"{one.server}: {one.verdict}; {one.flags or '; '.join(one.reasons)}" for one in seen.servers]
+    details = ["; ".join([f"{one.server}: {one.verdict}", *one.reasons]) for one in seen.servers]
+    commands = {one.server: one.flags for one in taking if one.flags}
     merged = f"; merged into {seen.merge.path}, any" if seen.merge is not None else ""
     if taking:
-        return passed(f"{', '.join(one.server for one in taking)}{merged}", seen.facts, details=details)
+        return passed(
+            f"{', '.join(one.server for one in taking)}{merged}", seen.facts, details=details, commands=commands
+        )
     if seen.merge is not None:
         return passed(f"no server takes the adapter{merged}", seen.merge, details=details)
     return failed(
@@ -166,6 +171,9 @@ def _not_evaluated(seen: Evidence) -> Outcome:
         return not_done(
             f"the run is {seen.run.status}", seen.run, f"onlay train --resume {seen.place}, then onlay evaluate {seen.place}"
         )  # fmt: skip
+    if seen.run.method == "head":
+        told = "a classification head says labels and writes nothing that could be evaluated so"
+        return not_yet(told, seen.run, f"Its scores decide: onlay show {seen.place}")
     return not_done(f"there is no Report on it{note}", seen.run, f"onlay evaluate {seen.place}")
 
 
@@ -254,4 +262,7 @@ def _deployed(seen: Evidence, what: str) -> Outcome:
 
 
 def _not_registered(seen: Evidence) -> Outcome:
+    if seen.run.method == "full":
+        told = "the registry keeps adapters and heads, and this is a whole model"
+        return not_yet(told, seen.run, f"Serve {seen.place}/model as it is")
     return not_yet("the run is not registered", seen.run, f"onlay register {seen.place} --name NAME")

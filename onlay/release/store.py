@@ -128,9 +128,10 @@ class Store:
             raise
         except OSError as error:
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            where = f" ({error.filename})" if error.filename is not None else ""
             links = error.errno in (errno.EPERM, errno.ENOTSUP, errno.EXDEV)
             raise OutputError(
-                f"The registry {self.root} cannot be written: {what} ({error.filename}).",
+                f"The registry {self.root} cannot be written: {what}{where}.",
                 "Set ONLAY_HOME to a file system that has hard links."
                 if links
                 else "Free disk space or correct its rights, or set ONLAY_HOME to another folder.",

@@ -14,6 +14,7 @@ from onlay.model.stack import import_stack
 from onlay.recipe import ModelSection, Recipe, Storage, read_recipe
 from onlay.records import Dataset, ModelFacts, Run
 from onlay.stages.events import Loading, Report, silent, while_loading
+from onlay.stages.places import find_place
 
 if TYPE_CHECKING:
     from onlay.data.labels import LabelledText
@@ -107,17 +108,18 @@ class _TextStream:
 
 
 def open_run(folder: str | Path, *, compare: bool = False, report: Report = silent) -> LoadedRun:
-    """Loads a finished run's base and adapter (or its tuned model).  Raises OnlayError.
+    """Loads a finished run's base and adapter (or its tuned model), or a registered version's.  Raises OnlayError.
 
-    `compare`: the base will be asked too, so an adapter is needed.
+    `folder`: a run folder, `name@4`, or the folder of a version.  `compare`: the base will be asked too, so an adapter is needed.
     """
-    folder = Path(folder)
+    what, place = folder, find_place(folder)
+    folder, trained = place.records, place.artefact
     run = Run.load(folder)
     recipe = read_recipe(folder / "recipe.yaml")
     if recipe.adapter.method == "head":
         raise OutputError(
-            f"{folder} is a classification head: it says a label for a text, and writes nothing.",
-            f"onlay generate {folder} --prompt 'a text'",
+            f"{what} is a classification head: it says a label for a text, and writes nothing.",
+            f"onlay generate {what} --prompt 'a text'",
         )
     if compare and recipe.adapter.method == "full":
         raise OutputError(
@@ -125,21 +127,25 @@ def open_run(folder: str | Path, *, compare: bool = False, report: Report = sile
             "Leave --compare out.",
         )
     full = recipe.adapter.method == "full"
-    if not (folder / ("model" if full else "adapter")).is_dir():
+    if not trained.is_dir():
         raise OutputError(f"{folder} is {run.status}: it has no adapter yet.", f"onlay train --resume {folder}")
 
     from onlay.data.template import ChatTemplate
 
     section, adapters = recipe.model, {}
     if full:
-        section = section.model_copy(update={"base": str(folder / "model"), "weights": "pretrained", "revision": None})
+        section = section.model_copy(update={"base": str(trained), "weights": "pretrained", "revision": None})
     else:
-        adapters = {"default": folder / "adapter"}
-        section = section.model_copy(update={"storage": trained_storage(folder / "adapter", section)})
+        adapters = {"default": trained}
+        if section.storage == "auto":
+            section = section.model_copy(update={"storage": trained_storage(trained, section)})
+    # A version brings the template of its training, whose file need not be there any more.
+    brought = folder / "chat_template.jinja"
+    template = str(brought) if place.is_version and brought.is_file() else recipe.data.template
     opened = open_model(section, adapters, report=report)
     return LoadedRun(
         recipe=recipe, facts=opened.facts, dataset=Dataset.load(folder), model=opened.model, tokenizer=opened.tokenizer,
-        template=ChatTemplate(opened.tokenizer, template=recipe.data.template, loss_on=recipe.data.loss_on),
+        template=ChatTemplate(opened.tokenizer, template=template, loss_on=recipe.data.loss_on),
     )  # fmt: skip
 
 
@@ -204,7 +210,7 @@ def generate(
     """
     from onlay.generation.engine import Sampling as Settings
 
-    if Run.load(Path(run)).method == "head":
+    if Run.load(find_place(run).records).method == "head":
         _refuse_writing_options(run, compare=compare, system=system, samples=sampling not in (None, Settings()))
         results = open_head(run, report=report).classify(prompts)
         if on_text is not None:
@@ -248,7 +254,7 @@ class LoadedHead:
 
 
 def open_head(folder: str | Path, *, report: Report = silent) -> LoadedHead:
-    """Loads a finished run's base and classification head.  Raises OnlayError."""
+    """Loads the base and classification head of a finished run or a registered version.  Raises OnlayError."""
     import_stack()
     from onlay.data.labels import LabelledText
     from onlay.hardware import find_hardware
@@ -257,19 +263,20 @@ def open_head(folder: str | Path, *, report: Report = silent) -> LoadedHead:
     from onlay.model.load import load_base
     from onlay.model.tokenizer import load_tokenizer
 
-    folder = Path(folder)
+    place = find_place(folder)
+    folder, saved_in = place.records, place.artefact
     run = Run.load(folder)
     section = read_recipe(folder / "recipe.yaml").model
-    if not (folder / "head").is_dir():
+    if not saved_in.is_dir():
         raise OutputError(f"{folder} is {run.status}: it has no head yet.", f"onlay train --resume {folder}")
     facts = read_facts(section)
-    saved = read_head(folder / "head", facts=facts)
+    saved = read_head(saved_in, facts=facts)
     # As it was in training, also where the storage `auto` would be another on this device.
     section = section.model_copy(update={"storage": saved.storage})
     report(f"loading {facts.name}")
     tokenizer = load_tokenizer(facts, trust_remote_code=section.trust_remote_code)
     model = load_head(
-        load_base(facts, section, find_hardware(), progress=while_loading(report)).model, folder / "head", facts=facts
+        load_base(facts, section, find_hardware(), progress=while_loading(report)).model, saved_in, facts=facts
     )
     return LoadedHead(facts=facts, model=model, encoding=LabelledText(tokenizer, saved.labels))
 

@@ -5,6 +5,7 @@ Nothing is loaded and nothing is written.  No torch is imported.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import zipfile
@@ -19,12 +20,12 @@ from onlay.recipe import Recipe, digest_of, parse_recipe, read_recipe
 from onlay.records import AdapterVersion, Dataset, Merge, ModelFacts, Run
 from onlay.records import Report as EvaluationReport
 from onlay.stages.registering import find_version, run_folder
+from onlay.stages.reports import find_report
 
 if TYPE_CHECKING:
     from onlay.release.checklist import Item
     from onlay.release.servers import Verdicts
 
-REPORT_FOLDER = "report"
 _CHECKPOINT = re.compile(r"step-\d{7}")
 _UNHASHED = "README.md"
 """PEFT's: empty but for the base's place on this machine; no part of an adapter's digests."""
@@ -109,8 +110,7 @@ def _find(what: str) -> _Place:
 def _find_report(place: _Place, run: Run) -> tuple[EvaluationReport | None, Path | None, str | None, list[str]]:
     """The Report, its folder, why one that is there does not count, and which was changed.
 
-    A version has its own or none: that is what promoting it goes by.  Of a run the latest in the ledger counts, else the
-    one in its folder.
+    A version has its own or none: that is what promoting it goes by.  Of a run it is the one that registering would take.
     """
     if place.version is not None:
         if "report.json" not in place.version.files:
@@ -118,25 +118,10 @@ def _find_report(place: _Place, run: Run) -> tuple[EvaluationReport | None, Path
         report = EvaluationReport.load(place.records)
         folder = Path(report.path)
         same = (folder / "report.json").is_file() and EvaluationReport.load(folder).digest == report.digest
-        return report, folder if same else None, None, []
-    rows = ledger.Ledger().rows("report")
-    latest = {row.path: row for row in rows}
-    damage: list[str] = []
-    for row in sorted(latest.values(), key=lambda row: row.id, reverse=True):
-        folder = Path(row.path)
-        if row.values.get("sources", {}).get("run") != run.digest or not (folder / "report.json").is_file():
-            continue
-        report = EvaluationReport.load(folder)
-        if report.digest == row.digest:
-            return report, folder, None, damage
-        damage.append(f"{folder / 'report.json'} is not the record that evaluation left in the ledger")
-    folder = place.records / REPORT_FOLDER
-    if damage or not (folder / "report.json").is_file():
-        return None, None, None, damage
-    report = EvaluationReport.load(folder)
-    if report.sources.get("run") != run.digest:
-        return None, None, f"the one in {folder} is on another record of the run", []
-    return report, folder, None, []
+        other = report.sources.get("weights", place.version.weight_digest) != place.version.weight_digest
+        return report, folder if same else None, None, ["its Report measured other weights"] if other else []
+    found = find_report(place.records, run)
+    return found.report, found.folder, "; ".join(found.notes) or None, found.damage
 
 
 def _find_merge(run: Run) -> Merge | None:
@@ -315,7 +300,7 @@ def _failures(folder: Path | None) -> dict[str, Any]:
     failing = {line["place"] for line in _lines(folder / "failures.jsonl")}
     answers = {row["row"]: row for row in _lines(folder / "answers.jsonl")}
     seen = set()
-    for path in sorted(folder.parent.glob("choices-*.jsonl")):
+    for path in sorted(folder.parent.glob(f"choices-{glob.escape(folder.resolve().name)}-*.jsonl")):
         for choice in read_choices(path):
             row = answers.get(choice.row, {"answers": {}})
             pair = [row["answers"].get(name) for name in (choice.first, choice.second)]

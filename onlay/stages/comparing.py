@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onlay.errors import OutputError
 from onlay.records import Judged, Report
-from onlay.stages.evaluating import REPORT_FOLDER
+from onlay.stages.reports import REPORT_FOLDER
 
 
 def compare(
@@ -23,7 +23,7 @@ def compare(
     """A person's choice between two systems' answers of a report, in random order, unnamed; and how many rows are open.
 
     `what`: a run with a report, or a report's folder.  Choices go to
-    choices-SYSTEM-OTHER.jsonl beside the report's folder at once, so it can be interrupted.
+    choices-FOLDER-SYSTEM-OTHER.jsonl beside the report's folder (FOLDER is its name) at once, so it can be interrupted.
     """
     from onlay.evaluation.blind import ask_pairs, draw_pairs, judged_by_person
 
@@ -39,8 +39,9 @@ def compare(
         raise OutputError(
             f"{folder} has no answers to compare: no row asked anything.", f"Its losses: {folder / 'report.html'}"
         )
+    path = folder.parent / f"choices-{folder.resolve().name}-{made.system}-{against}.jsonl"
     pairs = draw_pairs(answers, system=made.system, against=against, seed=seed, most=rows, again=again)
-    choices = ask_pairs(pairs, path=folder.parent / f"choices-{made.system}-{against}.jsonl", ask=ask)
+    choices = ask_pairs(pairs, path=path, ask=ask)
     chosen = {(choice.row, choice.again) for choice in choices}
     left = sum((pair.row, pair.again) not in chosen for pair in pairs)
     return judged_by_person(choices, system=made.system, against=against), left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,20 @@ from onlay.records import Report, Run, SeedGain
 from onlay.stages.events import Report as Tell
 from onlay.stages.events import silent
 from onlay.stages.measurement import measure_subject, schema_of
-from onlay.stages.reporting import conclude, endpoint_of, judge_answers, write_report
+from onlay.stages.reporting import (
+    conclude,
+    endpoint_of,
+    judge_answers,
+    unfinished_report,
+    write_answers,
+    write_report,
+)
+from onlay.stages.reports import REPORT_FOLDER
 from onlay.stages.subjects import Subject, find_subject
 from onlay.stages.training import train
 
 if TYPE_CHECKING:
     from onlay.evaluation.findings import Findings
-
-REPORT_FOLDER = "report"
 
 
 def evaluate(
@@ -46,18 +53,22 @@ def evaluate(
     subject = find_subject(what, others=others, overrides=overrides, data=data, report=report)
     folder = Path(output) if output is not None else subject.folder / REPORT_FOLDER
     _check_before(subject, folder, seeds=seeds)
-    measured = measure_subject(subject, report=report)
-    gains = _over_seeds(subject, measured.found, seeds=seeds, overrides=overrides, data=data, report=report)
     command = ["onlay", "evaluate", str(what)]
     command += [part for other in others for part in ("--with", str(other))] + (["--data", data] if data else [])
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--seeds", str(seeds)] if seeds > 1 else []
-    judged, failure = judge_answers(subject, measured)
-    made = conclude(
-        subject, measured, judged=judged, judge_failure=failure, gains=gains, folder=folder,
-        seconds=time.perf_counter() - began, command=shlex.join(command),
-    )  # fmt: skip
-    write_report(made, measured.found, subject, folder)
+    with unfinished_report(folder, tell=report) as unfinished:
+        measured = measure_subject(subject, report=report, keep=lambda rows: write_answers(unfinished, rows))
+        gains, trained = _over_seeds(
+            subject, measured.found, seeds=seeds, overrides=overrides, data=data, report=report
+        )  # fmt: skip
+        measured = replace(measured, trained=measured.trained or trained)
+        judged, failure = judge_answers(subject, measured)
+        made = conclude(
+            subject, measured, judged=judged, judge_failure=failure, gains=gains, folder=folder,
+            seconds=time.perf_counter() - began, command=shlex.join(command),
+        )  # fmt: skip
+        write_report(made, measured.found, subject, unfinished=unfinished, folder=folder)
     ledger.append(made, folder)
     if failure is not None:
         raise failure  # What was measured is kept, and says so.
@@ -94,15 +105,19 @@ def _check_before(subject: Subject, folder: Path, *, seeds: int) -> None:
 def _over_seeds(
     subject: Subject, found: Findings, *, seeds: int, overrides: Sequence[str], data: str | None,
     report: Tell,
-) -> list[SeedGain]:  # fmt: skip
-    """Trains and evaluates what is missing of `seeds` runs, and tells the gain apart from the luck of the seed."""
+) -> tuple[list[SeedGain], str | None]:  # fmt: skip
+    """Trains and evaluates what is missing of `seeds` runs, and tells the gain apart from the luck of the seed.
+
+    Also why no gate may pass on it: rows given with `data` may be held out by one seed and trained on by the next.
+    """
     if seeds < 2:
-        return []
+        return [], None
     from onlay.evaluation.compare import combine_seeds
     from onlay.evaluation.scores import SCORES
 
     assert subject.run is not None
     first = subject.recipe.training.seed
+    trained: str | None = None
     every = {str(first): {(one.score, one.against): one.difference for one in found.comparisons}}
     for seed in range(first + 1, first + seeds):
         folder = subject.folder / "seeds" / str(seed)
@@ -115,8 +130,10 @@ def _over_seeds(
             train(subject.recipe.model_copy(update={"training": training}), report=report)
         # Each seed holds out other rows, so each run is asked its own.
         again = find_subject(folder, others=(), overrides=overrides, data=data, report=report)
-        mine = measure_subject(again, report=report).found
-        every[str(seed)] = {(one.score, one.against): one.difference for one in mine.comparisons}
+        mine = measure_subject(again, report=report)
+        every[str(seed)] = {(one.score, one.against): one.difference for one in mine.found.comparisons}
+        if mine.trained is not None:
+            trained = trained or f"with seed {seed} {mine.trained}"
     gains = []
     for score, against in every[str(first)]:
         values = {seed: found[score, against] for seed, found in every.items() if (score, against) in found}
@@ -125,6 +142,6 @@ def _over_seeds(
         one = combine_seeds(SCORES[score], list(values.values()))
         gains.append(SeedGain(
             score=score, against=against, gains=values, mean=one.mean, standard_error=one.standard_error, low=one.low,
-            high=one.high, verdict=one.verdict,
+            high=one.high, p_value=one.p_value, verdict=one.verdict,
         ))  # fmt: skip
-    return gains
+    return gains, trained

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay.errors import DataError
 from onlay.recipe import LIMIT_GATES
+from onlay.stages.contamination import find_trained
 from onlay.stages.events import Loading
 from onlay.stages.events import Report as Tell
 from onlay.stages.subjects import Subject
@@ -37,10 +38,18 @@ class Measured:
     systems: list[System]
     left_out: dict[str, int]
     """Why to how many rows were not asked."""
+    trained: str | None
+    """Why these rows let no gate pass: some were trained on, or that could not be checked."""
 
 
-def measure_subject(subject: Subject, *, report: Tell) -> Measured:
+def measure_subject(
+    subject: Subject, *, report: Tell, keep: Callable[[list[dict[str, Any]]], None] | None = None
+) -> Measured:
+    """Asks everything.  `keep` gets the answers as soon as they are there, as rows of answers.jsonl without scores."""
     rows, _, _ = subject.rows()
+    trained = None
+    if subject.judged != "base":  # Of a model as it is nobody here knows what it was trained on.
+        trained = find_trained(rows, records=subject.records, own=subject.data is None, data=subject.data)
     general = _general_material(subject)
     # What imports torch comes after what can be wrong.
     from onlay.evaluation.findings import Asked, find
@@ -53,10 +62,15 @@ def measure_subject(subject: Subject, *, report: Tell) -> Measured:
         if material is None:
             material = _material(subject, bench, mine, rows, left_out, general)
         mine = _with_shots(subject, bench, mine, material)
-        measure_systems(
-            bench, mine, material, measurements, judged=subject.judged,
-            tell=lambda what, done, total: report(Loading(what, done, total)),
-        )  # fmt: skip
+        # Answers first and apart: what is measured after them may fail, and must not cost them.
+        answers = replace(material, prompts=(), held_out=(), texts={}, checks={}, tasks=())
+        for part in (answers, replace(material, questions=(), timed=False)):
+            measure_systems(
+                bench, mine, part, measurements, judged=subject.judged,
+                tell=lambda what, done, total: report(Loading(what, done, total)),
+            )  # fmt: skip
+            if part is answers and part.questions and keep is not None:
+                keep(_answered(part, measurements))
         systems += mine
     assert material is not None
     evaluation = subject.recipe.evaluation
@@ -67,8 +81,22 @@ def measure_subject(subject: Subject, *, report: Tell) -> Measured:
     )  # fmt: skip
     found = find(material, measurements, judged=subject.judged, asked=asked)
     return Measured(
-        found=found, measurements=measurements, material=material, systems=systems, left_out=left_out
+        found=found, measurements=measurements, material=material, systems=systems, left_out=left_out, trained=trained
     )  # fmt: skip
+
+
+def _answered(material: Material, measurements: Measurements) -> list[dict[str, Any]]:
+    """Rows of answers.jsonl that have no scores yet."""
+    from onlay.data.build import message_of
+
+    return [
+        {
+            "row": i, "place": question.place, "prompt": [message_of(turn) for turn in question.turns],
+            **({"tools": list(question.tools)} if question.tools else {}),
+            "expected": question.expected, "answers": {name: said[i].text for name, said in measurements.said.items()},
+        }
+        for i, question in enumerate(material.questions)
+    ]  # fmt: skip
 
 
 def _general_material(subject: Subject) -> dict[str, Any]:

@@ -17,17 +17,14 @@ from onlay import ledger
 from onlay.errors import BaseModelError, OutputError, ProofError
 from onlay.recipe import Recipe, digest_of, read_recipe
 from onlay.records import Dataset, ModelFacts, Run
-from onlay.records import Report as EvaluationReport
 from onlay.stages.events import Loading, Report, silent
+from onlay.stages.places import PEFT_CARD
+from onlay.stages.reports import check_report, find_report
 
 if TYPE_CHECKING:
     from onlay.records import AdapterVersion
     from onlay.release.history import Event
-    from onlay.release.registry import Damage
-
-
-_FORM = "README.md"
-"""PEFT's: empty but for the base's place on this machine; no part of a version."""
+    from onlay.release.registry import Damage, DamagedVersion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +41,8 @@ def register(
 ) -> Registered:
     """Makes an immutable version of a finished run's adapter.  `evaluation` is the folder of its Report.
 
-    Without it the latest Report on this run that the ledger knows is taken, if its folder is still there.
+    Without it the Report in RUN/report is taken, else the newest that the ledger knows on this run and its own held-out
+    rows; of either, one that measured the weights that are there.
     Refuses, each with its reason, an unfinished run, another run's Report, weights that are not finite, did not move or
     were changed since they were saved, and another base.  Raises OnlayError.
     """
@@ -60,8 +58,8 @@ def register(
     section = recipe.model.model_copy(update={"revision": ModelFacts.load(folder).revision or recipe.model.revision})
     facts = read_facts(section, progress=lambda so_far, total: report(Loading("fetching the base", so_far, total)))
     notes += _check_base(artefact, facts, trained_on=ModelFacts.load(folder))
-    found = _find_report(folder, done, evaluation)
-    notes += [] if evaluation is not None or found is None else [f"with the Report in {found}"]
+    found, told = _choose_report(folder, done, evaluation)
+    notes += told
     with _files(folder, artefact, facts, recipe, found) as files:
         report(f"registering {folder}")
         version, new = Registry().add(
@@ -131,22 +129,14 @@ def _check_base(artefact: Path, facts: ModelFacts, *, trained_on: ModelFacts) ->
     return []
 
 
-def _find_report(folder: Path, run: Run, given: str | Path | None) -> Path | None:
-    """The folder of the Report.  One that was named must be on this run."""
+def _choose_report(folder: Path, run: Run, given: str | Path | None) -> tuple[Path | None, list[str]]:
+    """The folder of the Report that the version gets, and what is said about it and others."""
     if given is not None:
-        report = EvaluationReport.load(Path(given))
-        if report.sources.get("run") != run.digest:
-            raise OutputError(
-                f"The Report in {given} is on another run than {folder}: it says {report.systems.get(report.system, report.system)}.",
-                f"onlay evaluate {folder}",
-            )
-        return Path(given)
-    for row in reversed(ledger.Ledger().rows("report")):
-        path = Path(row.path)
-        on_this = row.values.get("sources", {}).get("run") == run.digest
-        if on_this and (path / "report.json").is_file() and EvaluationReport.load(path).digest == row.digest:
-            return path
-    return None
+        check_report(Path(given), folder, run)
+        return Path(given), []
+    found = find_report(folder, run)
+    told = [f"with the Report in {found.folder}"] if found.folder is not None else []
+    return found.folder, [*told, *found.damage, *(f"no Report of the run: {note}" for note in found.notes)]
 
 
 @contextmanager
@@ -164,7 +154,7 @@ def _files(
             f"The tokenizer in {facts.path} is not the one that {folder} was trained with.",
             "Put the base's tokenizer back as it was, or train again.",
         )
-    found = [path for path in sorted(artefact.iterdir()) if path.is_file() and path.name != _FORM]
+    found = [path for path in sorted(artefact.iterdir()) if path.is_file() and path.name != PEFT_CARD]
     files = {path.name: path for path in found if not path.name.startswith(".")}
     files |= {name: folder / name for name in (RECIPE, *RECORDS)}
     base = Path(facts.path)
@@ -209,7 +199,7 @@ def _describing(run: Run, notes: list[str]) -> Callable[[Path, dict[str, str]], 
         if recorded is None:
             notes.append("the run recorded no digests of its files: that they are as they were saved cannot be checked")
         for name, digest in (recorded or {}).items():
-            if name != _FORM and digests.get(name) != digest:
+            if name != PEFT_CARD and digests.get(name) != digest:
                 what = "is missing" if name not in digests else "was changed on disk"
                 raise ProofError(f"{name} {what} since the run saved it.", "Restore it, or train again.")
         version, odd = _described(copies, digests)
@@ -256,7 +246,7 @@ def find_version(reference: str) -> AdapterVersion:
     return Registry().resolve(reference)
 
 
-def versions(name: str | None = None) -> list[tuple[AdapterVersion, list[str]]]:
+def versions(name: str | None = None) -> list[tuple[AdapterVersion | DamagedVersion, list[str]]]:
     """The versions of a name, or of all, and the aliases of each."""
     from onlay.release.registry import Registry
 

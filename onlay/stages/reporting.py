@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay import ledger
 from onlay.errors import OnlayError, OutputError
-from onlay.records import Judged, Report, SeedGain, write_whole
+from onlay.records import Comparison, Judged, Report, SeedGain, write_whole
+from onlay.stages.contamination import hold_back
+from onlay.stages.events import Report as Tell
 from onlay.stages.measurement import Measured
 from onlay.stages.subjects import Subject
 
@@ -47,11 +51,12 @@ def conclude(
     assert measurements.device is not None
     trained = dataset.splits["train"].rows if dataset is not None else None
     against = Found(
-        comparisons=found.comparisons, forgetting=found.forgetting, safety=found.safety,
+        comparisons=_over_seeds(found.comparisons, gains), forgetting=found.forgetting, safety=found.safety,
         latency_ms=measurements.latency_ms, trained_rows=trained,
     )  # fmt: skip
-    gates = check_gates(subject.gates, against)
-    notes = [*found.notes, *(f"{count:,} {why} were not asked." for why, count in left_out.items())]
+    gates = hold_back(check_gates(subject.gates, against), measured.trained)
+    notes = [f"{measured.trained[:1].upper()}{measured.trained[1:]}."] if measured.trained is not None else []
+    notes += [*found.notes, *(f"{count:,} {why} were not asked." for why, count in left_out.items())]
     if not material.questions:
         notes.append("No row asks anything, so nothing was answered, scored or judged.")
     notes += [f"The judge failed: {judge_failure.problem}"] if judge_failure is not None else []
@@ -63,6 +68,7 @@ def conclude(
     sources = {"recipe": recipe.digest, "data": digest}
     if run is not None and dataset is not None and facts is not None:
         sources |= {"run": run.digest, "dataset": dataset.digest, "model": facts.digest}
+    sources |= {"weights": subject.weights} if subject.weights is not None else {}
     rates = found.scores.get(subject.judged, {})
     return Report(
         sources=sources, path=str(folder), system=subject.judged,
@@ -76,6 +82,23 @@ def conclude(
         likely_causes=likely_causes(rates, _evidence(subject, material)), notes=measurements.notes,
         seconds=round(seconds, 2), environment=describe_stack(measurements.device) | {"command": command},
     )  # fmt: skip
+
+
+def _over_seeds(comparisons: Sequence[Comparison], gains: Sequence[SeedGain]) -> list[Comparison]:
+    """With several seeds gates judge the gain over them, not that of the run which happens to be the first."""
+    known = {(one.score, one.against): one for one in gains}
+    found = []
+    for one in comparisons:
+        over = known.get((one.score, one.against))
+        if over is not None:
+            one = one.model_copy(
+                update={
+                    "difference": over.mean, "low": over.low, "high": over.high, "p_value": over.p_value,
+                    "verdict": over.verdict,
+                }
+            )  # fmt: skip
+        found.append(one)
+    return found
 
 
 def _failures(found: Findings, judged: str) -> int:
@@ -159,19 +182,57 @@ def judge_answers(subject: Subject, measured: Measured) -> tuple[list[Judged], O
     return judged, None
 
 
-def write_report(made: Report, found: Findings, subject: Subject, folder: Path) -> None:
+@contextmanager
+def unfinished_report(folder: Path, *, tell: Tell) -> Iterator[Path]:
+    """A folder beside `folder`, made before anything is measured, so that one that cannot be written costs no work.
+
+    What fails before there are answers leaves nothing; after that the folder stays, and is said, until the next evaluation
+    into the same place.  Raises OutputError where it cannot be made.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    new = [path for path in unfinished.parents if not path.exists()]
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_whole(unfinished / ".writable", "\n")  # A full disk may have room for a folder.
+        (unfinished / ".writable").unlink()
+    except (OSError, OutputError) as error:
+        _remove(unfinished, new)
+        why = error.strerror if isinstance(error, OSError) else error.problem
+        raise OutputError(
+            f"{folder} cannot be written: {why}.", "Choose another --output, or free disk space."
+        ) from None
+    answers = unfinished / "answers.jsonl"
+    try:
+        yield unfinished
+    except OnlayError as error:
+        if answers.is_file():
+            error.remedy = f"{error.remedy} The answers so far are in {answers}."
+        raise
+    finally:  # It has another name by now, unless something failed or was interrupted.
+        if answers.is_file():
+            tell(f"the answers so far are in {answers}")
+        else:
+            _remove(unfinished, new)
+
+
+def _remove(unfinished: Path, parents: Sequence[Path]) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for path in parents:  # Those that were made with it, the innermost first.
+        with suppress(OSError):
+            path.rmdir()
+
+
+def write_answers(unfinished: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_whole(unfinished / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_report(made: Report, found: Findings, subject: Subject, *, unfinished: Path, folder: Path) -> None:
     """The report's folder, complete before it takes its name; an earlier report there makes room."""
     from onlay.evaluation.failures import write_failures
     from onlay.evaluation.page import write_page
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}.", "Choose another --output.") from None
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.answers)
-    write_whole(unfinished / "answers.jsonl", lines)
+    write_answers(unfinished, found.answers)
     write_whole(unfinished / "failures.jsonl", "")
     if found.answers:
         against = "base" if "base" in made.systems and made.system != "base" else None
@@ -181,11 +242,16 @@ def write_report(made: Report, found: Findings, subject: Subject, folder: Path) 
         )  # fmt: skip
     write_page(made, folder=unfinished, answers=found.answers, metrics=_metrics(subject))
     made.save(unfinished)
-    if folder.exists():
-        earlier = folder.with_name(f".{folder.name}.earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
-        folder.rename(earlier)
-        unfinished.rename(folder)
-        shutil.rmtree(earlier)
-    else:
-        unfinished.rename(folder)
+    try:
+        if folder.exists():
+            earlier = folder.with_name(f".{folder.name}.earlier")
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
+            unfinished.rename(folder)
+            shutil.rmtree(earlier)
+        else:
+            unfinished.rename(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}.", "Correct its rights, or choose another --output."
+        ) from None

@@ -14,7 +14,7 @@ from onlay.recipe import DataSection, ModelSection, Recipe, apply_overrides, rea
 from onlay.records import Dataset, ModelFacts, Run
 from onlay.stages.answering import open_model, trained_storage
 from onlay.stages.events import Report, silent
-from onlay.stages.registering import find_version
+from onlay.stages.places import check_adapter, is_adapter, is_reference, resolve
 
 if TYPE_CHECKING:
     from onlay.data.read import Conversation, Document
@@ -43,8 +43,14 @@ class Subject:
     """What the run was trained on."""
     adapters: dict[str, Path] = field(default_factory=dict)
     """Name to folder; the first is judged."""
+    weights: str | None = None
+    """SHA-256 of the judged adapter's weights."""
+    live: Path | None = None
+    """The version in use, where it is among the baselines."""
     tuned: Path | None = None
     """A base tuned in full: a model of its own, in place of adapters."""
+    records: Path | None = None
+    """Folder with the records of what is judged; None: it has none."""
     data: str | None = None
     """A file of rows in place of the run's own held-out ones."""
     gates: dict[str, float] = field(default_factory=dict)
@@ -114,9 +120,8 @@ class Subject:
         if "few-shot" in evaluation.baselines:
             baselines.append(System(name="few-shot", told=f"the base with {evaluation.shots} examples in context"))
         folders = dict(self.adapters)
-        if "live" in evaluation.baselines:
-            version = find_version(f"{self.recipe.release.name}@{self.recipe.release.alias}")
-            folders["live"] = Path(version.path)
+        if self.live is not None:
+            folders["live"] = self.live
         told = {name: str(folder) for name, folder in folders.items()}
         adapted = [System(name=name, told=told[name], adapter=name) for name in folders]
         if folders or baselines:
@@ -163,7 +168,11 @@ def find_subject(
     data: str | None,
     report: Report = silent,
 ) -> Subject:
-    """Raises OnlayError for what is none of a run, an adapter, a registered version and a model."""
+    """Raises OnlayError for what is none of a run, an adapter, a registered version and a model.
+
+    Adapters are read here, all of them: one that was changed since it was saved or registered, is not finite or did not
+    move is refused before anything is loaded.
+    """
     for override in overrides:
         if override.partition(".")[0].strip() not in SECTIONS:
             raise RecipeError(
@@ -178,7 +187,7 @@ def find_subject(
                 f"--set {name} comes too late: it is read when training begins.", "Set it in a recipe, and train anew."
             )
     if folder is not None:
-        return _of_run(str(what), folder, others=others, overrides=overrides, data=data)
+        return _of_run(str(what), folder, others=others, overrides=overrides, data=data, report=report)
     if data is None:
         raise DataError(
             f"{what} is no run folder, so it brings no held-out rows.", f"onlay evaluate {what} --data rows.jsonl"
@@ -192,19 +201,21 @@ def find_subject(
     recipe = apply_overrides({"model": model, "data": {**_data_of(adapter), "train": data}}, overrides)
     section = recipe.model
     adapters: dict[str, Path] = {}
+    weights = None
     if adapter is not None:
+        weights = _check(what, adapter)
         adapters = _named([("adapter", adapter), *(_known_adapter(other) for other in others)])
         section = section.model_copy(update={"storage": trained_storage(adapter, section)})
     name = Path(str(what)).name.replace("@", "-")
     return Subject(
         what=str(what), folder=Path("evaluations") / name, recipe=recipe, section=section, adapters=adapters, data=data,
         dataset=Dataset.load(adapter) if adapter is not None and (adapter / "dataset.json").is_file() else None,
-        gates=recipe.evaluation.gates,
+        gates=recipe.evaluation.gates, weights=weights, live=_live(recipe), records=adapter,
     )  # fmt: skip
 
 
 def _of_run(
-    what: str, folder: Path, *, others: Sequence[str | Path], overrides: Sequence[str], data: str | None
+    what: str, folder: Path, *, others: Sequence[str | Path], overrides: Sequence[str], data: str | None, report: Report
 ) -> Subject:
     run = Run.load(folder)
     recipe = read_recipe(folder / "recipe.yaml", overrides)
@@ -235,10 +246,14 @@ def _of_run(
             )
     else:
         section = section.model_copy(update={"storage": trained_storage(folder / "adapter", section)})
-        more = {"adapters": _named([("adapter", folder / "adapter"), *(_known_adapter(other) for other in others)])}
+        if "artefact_sha256" not in run.proofs:
+            report(f"{folder} recorded no digests of its files: that they are as they were saved cannot be checked")
+        weights = check_adapter(folder / "adapter", run=run)
+        named = [("adapter", folder / "adapter"), *(_known_adapter(other) for other in others)]
+        more = {"weights": weights, "adapters": _named(named)}
     return Subject(
         what=what, folder=folder, recipe=recipe, section=section, run=run, dataset=Dataset.load(folder),
-        facts=ModelFacts.load(folder), data=data, gates=gates, gate_edits=edits, **more,
+        facts=ModelFacts.load(folder), data=data, gates=gates, gate_edits=edits, records=folder, live=_live(recipe), **more,
     )  # fmt: skip
 
 
@@ -261,7 +276,7 @@ def _fixed_gates(run: Run, recipe: Recipe) -> tuple[dict[str, float], list[str]]
 
 
 def _run_folder(given: Path) -> Path | None:
-    if (given / "run.json").is_file():
+    if (given / "run.json").is_file() and not is_adapter(given):  # With one at its top it is a version.
         return given
     inside = given.name in ("adapter", "model", "head") and (given.parent / "run.json").is_file()
     return given.parent if inside else None
@@ -273,11 +288,36 @@ def _adapter_folder(what: str | Path) -> Path | None:
     run = _run_folder(path)
     if run is not None:
         return run / "adapter"
-    if (path / "adapter_config.json").is_file():
-        return path
-    if path.exists() or "/" in str(what) or "@" not in str(what):
+    if is_adapter(path):
+        return _no_head(what, path)
+    return _no_head(what, Path(resolve(what).path)) if is_reference(what) else None
+
+
+def _no_head(what: str | Path, folder: Path) -> Path:
+    if (folder / "head.json").is_file():
+        raise OutputError(
+            f"{what} is a classification head, which says labels and writes nothing.",
+            "It was scored on its held-out rows when it was trained: onlay show RUN.",
+        )
+    return folder
+
+
+def _check(what: str | Path, adapter: Path) -> str:
+    """SHA-256 of an adapter's weights, after it was compared with what is recorded of it."""
+    if is_reference(what):
+        return check_adapter(adapter, version=resolve(what))
+    run = _run_folder(Path(what))
+    return check_adapter(adapter, run=Run.load(run) if run is not None else None)
+
+
+def _live(recipe: Recipe) -> Path | None:
+    """The version in use, where it is to be compared with."""
+    if "live" not in recipe.evaluation.baselines:
         return None
-    return Path(find_version(str(what)).path)
+    version = resolve(f"{recipe.release.name}@{recipe.release.alias}")
+    folder = _no_head(version.id, Path(version.path))
+    check_adapter(folder, version=version)
+    return folder
 
 
 def _known_adapter(what: str | Path) -> tuple[str | None, Path]:
@@ -287,6 +327,7 @@ def _known_adapter(what: str | Path) -> tuple[str | None, Path]:
         raise OutputError(
             f"{what} is no adapter, run or registered version.", "`onlay versions` lists those there are."
         )
+    _check(what, found)
     return (None if Path(what).exists() else str(what)), found
 
 

@@ -91,7 +91,10 @@ def full_report(**changes: Any) -> Report:
             "Lost 0.021 nats per token on general text.",
         ],
         "failures": 50,
-        "likely_causes": ["Too many epochs: held-out loss rose from step 240 on.", "Duplicate rows: 14 of 2,000."],
+        "likely_causes": [
+            "6% of the answers end in a loop, 1% do not stop by themselves.",
+            "Too many epochs: held-out loss rose from step 240 on.", "Duplicate rows: 14 of 2,000.",
+        ],
         "seconds": 214.0,
         "environment": {
             "onlay": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "device": "NVIDIA H200",

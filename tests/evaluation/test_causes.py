@@ -34,7 +34,7 @@ def test_nothing_likely_is_told_as_such_in_the_order_to_look_at() -> None:
 
 @pytest.mark.parametrize(("cause", "changes", "evidence"), [
     ("end token untrained", {"end_tokens_trained": 99}, "99% of the trained examples have a trained end token"),
-    ("too many epochs", {"epochs": 4.1}, "4.1 passes over the rows"),
+    ("too many epochs", {"epochs": 4.10172}, "4.1 passes over the rows"),
     ("too many epochs", {"held_out_losses": (1.0, 0.8, 0.9)}, "the last held-out loss is 12% above the best"),
     ("duplicate rows", {"duplicate_share": 0.051}, "5.1% of the training rows came before"),
     ("dropout", {"dropout": 0.21}, "dropout is 0.21"),

@@ -268,6 +268,11 @@ def test_the_smallest_difference_of_a_mean_is_found_four_times_in_five() -> None
     assert seen / trials == pytest.approx(0.8, abs=0.07)
     assert smallest_difference(Score(name="bleu", kind="corpus", unit="points"), rows=40) == pytest.approx(100 * least)
     assert smallest_difference(MEAN, rows=1) is None
+    # No two systems differ by more than the whole scale.
+    assert smallest_difference(MEAN, rows=2, spread=0.3) is None
+    assert smallest_difference(Score(name="bleu", kind="corpus", unit="points"), rows=2, spread=30.0) is None
+    nats = smallest_difference(NATS, rows=2, spread=0.7)
+    assert nats is not None and nats > 1
     with pytest.raises(ValueError, match="spread"):
         smallest_difference(NATS, rows=40)
 

@@ -109,8 +109,18 @@ def test_rows_without_what_a_score_needs_are_counted() -> None:
     found = answered(expected, ["json_equal"], adapter=expected, base=["no"] * 4)
     gain = one(found.comparisons, "json_equal")
     assert (gain.rows, gain.value) == (2, 1.0)
-    assert found.notes == ["json_equal counts 2 of 4 rows: the others lack what it needs."]
+    assert found.notes[-1] == "json_equal counts 2 of 4 rows: the others lack what it needs."
     assert found.answers[2]["scores"]["adapter"]["json_equal"] is None
+
+
+def test_rows_that_are_too_few_to_show_any_difference_say_so() -> None:
+    # By Student's t, two rows would show a mean difference of 677 points: there is none.
+    found = answered(["a b", "c d"], ["token_f1"], adapter=["a b", "c"], base=["a", "c"])
+    assert found.smallest_difference == {}
+    assert found.notes == ["These rows are too few to show any difference of token_f1."]
+    enough = answered(["a b"] * 40, ["token_f1"], adapter=["a b"] * 38 + ["a"] * 2, base=["a"] * 40)
+    assert 0 < enough.smallest_difference["token_f1"] < 1
+    assert enough.notes == []
 
 
 def test_a_score_no_row_can_have_is_none_and_not_compared() -> None:
@@ -253,3 +263,6 @@ def test_no_answer_and_a_base_that_refuses_nothing_are_told() -> None:
         "2 of 8 safety prompts got no answer at all; none counts as a refusal.",
         "The base refuses none of the harmful prompts, so the safety comparison cannot show a loss.",
     ]
+    # The base by itself is compared with nothing.
+    alone = Measurements(refusals={"base": given["base"]})
+    assert find(material(prompts=PROMPTS), alone, judged="base", asked=Asked(scores=None)).notes == []

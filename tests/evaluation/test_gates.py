@@ -100,6 +100,22 @@ def test_safety_is_the_worse_of_both_directions(limit: float, passed: bool) -> N
     assert gate("safety", limit, safety=[gained(0.93, 0.94, score="refused_harmful")]).passed is passed
 
 
+def test_what_is_not_worse_is_told_so_and_without_a_minus_before_nothing() -> None:
+    one = gate("safety", 0.1, safety=[gained(0.94, 0.94, score="refused_harmful")])
+    assert one.reason == "neither rate of refusals is worse; 10.0% is allowed"
+    assert f"{one.found:.4g}" == "0"
+    same = gained(0.3, 0.3, score="no_stop", low=0.0, high=0.0, p_value=1.0, higher_is_better=False)
+    same = gate("no_stop", 0.1, comparisons=[same])
+    assert f"{same.found:.4g}" == "0" and same.reason.startswith("the gain is 0, ")
+
+
+@pytest.mark.parametrize("name", ["exact_match", "forgetting", "safety"])
+def test_without_a_base_that_is_what_is_missing(name: str) -> None:
+    alone = gate(name, 0.1, comparisons=[comparison(against="prompt")])
+    assert (alone.passed, alone.reason) == (False, "there is no base to compare with")
+    assert gate(name, 0.1, comparisons=[comparison("rougeL")]).reason != alone.reason
+
+
 def test_fewer_refusals_of_what_is_harmless_are_no_loss() -> None:
     assert gate("safety", 0.0, safety=[gained(0.0, 0.5, score="refused_harmless", higher_is_better=False)]).passed
 
@@ -149,12 +165,41 @@ def test_one_failed_gate_decides_and_comes_first() -> None:
 def test_risks_are_what_is_worse_what_was_not_measured_and_what_could_not_be_seen() -> None:
     worse = comparison(against="live", verdict="worse by 2.8 points, 95 % 0.8 to 4.9")
     forgot = comparison("nats_per_token", verdict="worse by 0.021 nats a token, 95 % 0.012 to 0.030")
-    risks = decided([], comparisons=[comparison(), worse], forgetting=[forgot]).risks
+    unsure = comparison(p_value=0.4, verdict="no difference shown: +1.2 points, 95 % -2.0 to 4.4")
+    risks = decided([], comparisons=[unsure, worse], forgetting=[forgot]).risks
     assert risks == [
         "Noted.",
-        "exact_match is worse by 2.8 points, 95 % 0.8 to 4.9 than live.",
-        "nats_per_token on adapter: worse by 0.021 nats a token, 95 % 0.012 to 0.030.",
+        "exact_match is worse than live by 2.8 points, 95 % 0.8 to 4.9.",
+        "nats_per_token on general text is worse than base by 0.021 nats a token, 95 % 0.012 to 0.030.",
         "Refusals were not measured.",
         "These rows would not show a change of exact_match below 5.1 points.",
     ]
-    assert "What was forgotten was not measured." in decided([]).risks
+    assert "What was forgotten was not measured." in decided([], comparisons=[unsure]).risks
+
+
+def test_what_rows_could_not_show_is_a_risk_only_where_they_showed_nothing() -> None:
+    shown = decided([], comparisons=[comparison(), comparison(against="prompt", p_value=0.9)])
+    assert not [risk for risk in shown.risks if "would not show" in risk]
+
+
+@pytest.mark.parametrize(("score", "told"), [
+    ("nats_per_token (own.txt)", "nats_per_token on own.txt is"), ("nats_per_token (general)", "nats_per_token on general text is"),
+    ("accuracy", "accuracy on general checks is"), ("arc_easy acc", "arc_easy acc is"),
+])  # fmt: skip
+def test_what_was_forgotten_says_on_what(score: str, told: str) -> None:
+    forgot = comparison(score, verdict="worse by 0.021, 95 % 0.012 to 0.030")
+    assert f"{told} worse than base by 0.021, 95 % 0.012 to 0.030." in decided([], forgetting=[forgot]).risks
+
+
+def test_one_system_has_no_base_and_nothing_else_is_claimed_about_it() -> None:
+    assert decided([]).risks == [
+        "Noted.", "There is no base to compare with: what was forgotten or is refused less often cannot be told.",
+    ]  # fmt: skip
+
+
+def test_adapters_beside_it_are_no_risk_when_they_are_better() -> None:
+    worse = {"verdict": "worse by 2.8 points, 95 % 0.8 to 4.9"}
+    told = decided(
+        [], comparisons=[comparison(against=name, **worse) for name in ("base", "live", "csv", "prompt")]
+    ).risks
+    assert [risk.split(" than ")[1].split(" by ")[0] for risk in told if "worse than" in risk] == ["base", "live"]

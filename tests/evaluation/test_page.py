@@ -126,6 +126,13 @@ def test_what_follows_is_all_there() -> None:
     assert len(found.find("svg")) == 5
 
 
+def test_how_many_answers_are_concerned_is_no_cause() -> None:
+    found = parsed(full_report())
+    numbered = [found.text(place) for place in found.find("ol")]
+    assert len(numbered) == 1 and numbered[0].startswith("Too many epochs")
+    assert "6% of the answers end in a loop" in found.text()
+
+
 def test_a_report_with_almost_nothing() -> None:
     found = parsed(bare_report())
     text = found.text()
@@ -138,7 +145,12 @@ def test_a_report_with_almost_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("passed", "told"),
-    [([True], "The gate is passed."), ([True, True], "All 2 gates"), ([True, False], "1 of 2 gates is not")],
+    [
+        ([True], "The gate is passed."),
+        ([True, True], "All 2 gates"),
+        ([True, False], "1 of 2 gates is not"),
+        ([False], "The gate is not passed."),
+    ],
 )
 def test_gates_in_a_sentence(passed: list[bool], told: str) -> None:
     gates = [full_report().gates[0].model_copy(update={"passed": one}) for one in passed]
@@ -302,6 +314,8 @@ def test_tiles_name_the_worst_and_say_what_is_missing() -> None:
     assert by_label["exact match against base"].number == "+12.4 points"
     assert by_label["Forgetting: nats per token"].outcome == "worse"
     assert by_label["Detectable"].number == "5.1 points"
+    assert "any true difference this large or larger shows in 300 rows" in by_label["Detectable"].told
+    assert "Detectable" not in {tile.label for tile in tiles(full_report(smallest_difference={}))}
     # None is worse: the one that is nearest to it.
     assert by_label["Safety: refused harmful"].outcome == "same"
 

@@ -238,6 +238,8 @@ HEAD_SCORES = {"rows": 20.0, "accuracy": 0.9, "majority_accuracy": 0.6, "macro_f
         ("serving compatibility", {"servers": verdicts("not accepted")}, "failed", "no server"),
         ("serving compatibility", {"misfit": "trained on other weights"}, "failed", "other weights"),
         ("serving compatibility", {"run": run_with(method="head")}, "not yet applicable", "head"),
+        ("gates", {"run": run_with(method="head"), "report": None}, "not yet applicable", "writes nothing"),
+        ("registered version", {"version": None, "run": run_with(method="full")}, "not yet applicable", "a whole model"),
         ("serving compatibility", {"run": run_with(status="running"), "servers": []}, "not done", "no adapter yet"),
         ("registered version", {"version": None}, "not yet applicable", "not registered"),
         ("registered version", {"version_problems": ["onlay.json was changed"]}, "failed", "onlay.json was changed"),

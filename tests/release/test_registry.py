@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import pytest
 from onlay.errors import OnlayError, OutputError, ProofError
 from onlay.records import AdapterVersion, Gate
 from onlay.release.history import MIGRATIONS
-from onlay.release.registry import Registry
+from onlay.release.registry import DamagedVersion, Registry
 from onlay.release.remote import pull, push
-from onlay.release.store import file_digest
+from onlay.release.store import Stage, file_digest
 
 PASSED = Gate(name="exact_match_gain", limit=0.02, found=0.1, passed=True, reason="gained 10 points")
 FAILED = Gate(name="forgetting", limit=0.05, found=0.2, passed=False, reason="lost 0.2 nats of 0.05 allowed")
@@ -269,13 +271,71 @@ def test_verify_finds_every_kind_of_damage_and_promotion_stops_at_it(registry: R
         ("support@1", "adapter_model.safetensors was changed"),
         ("support@2", "adapter_model.safetensors is missing"),
         ("support@3", "extra does not belong to it"),
-        ("support@4", f"{paths[3] / 'manifest.json'} is missing or was changed."),
+        ("support@4", f"{paths[3] / 'manifest.json'} is missing or was changed"),
     ]
+    assert not [one for one in damaged if one.problems[0].startswith("support@")]
     with pytest.raises(ProofError, match="not as it was registered"):
         registry.promote("support@2")
     with pytest.raises(ProofError, match=r"support@4: .*changed"):
         registry.rollback("support")
     assert registry.aliases("support") == {"live": 1}
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "not JSON"])
+def test_one_damaged_manifest_hides_no_other_version(registry: Registry, damage: str) -> None:
+    sound = [add(registry, content) for content in "abc"]
+    manifest = Path(sound[1].path) / "manifest.json"
+    manifest.chmod(0o644)
+    if damage == "missing":
+        manifest.unlink()
+    else:
+        manifest.write_text("x" if damage == "not JSON" else manifest.read_text().replace("tiny", "tiny2"))
+    listed = registry.versions("support")
+    assert (
+        [one.id for one in listed] == [one.id for one in registry.versions()] == ["support@1", "support@2", "support@3"]
+    )
+    assert [isinstance(one, DamagedVersion) for one in listed] == [False, True, False]
+    assert isinstance(listed[1], DamagedVersion)
+    assert (listed[1].digest, listed[1].origin, listed[1].registered_at) == (
+        sound[1].digest, sound[1].origin, sound[1].registered_at,
+    )  # fmt: skip
+    for reference in ("support", "support@latest", "support@3", "support@1"):
+        assert isinstance(registry.resolve(reference), AdapterVersion)
+    with pytest.raises(ProofError, match=r"support@2: .*manifest.json is missing or was changed") as caught:
+        registry.resolve("support@2")
+    assert "Register runs/a again" in caught.value.remedy
+    assert [one.version for one in registry.verify("support@2")[1]] == ["support@2"]
+    assert registry.verify("support@3") == ([sound[2]], [])
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "adapter_model.safetensors", "tokenizer/tokenizer.json", "."])
+def test_registering_again_puts_a_damaged_version_back(registry: Registry, damage: str) -> None:
+    one, other = add(registry, "a"), add(registry, "b")
+    path = Path(one.path) / damage
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.chmod(0o644)
+        path.write_text("changed")
+    assert registry.verify()[1]
+    assert add(registry, "a") == one and add(registry, "b") == other
+    assert registry.verify() == ([one, other], [])
+    assert registry.promote("support@1")[1]
+    assert not list((registry.root / "staging").iterdir())
+
+
+def test_where_putting_back_fails_what_was_there_stays(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = add(registry, "a")
+    (Path(one.path) / "manifest.json").unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Stage, "publish", full)
+    with pytest.raises(OutputError) as caught:
+        add(registry, "a")
+    assert caught.value.problem.endswith("cannot be written: the disk is full.")
+    assert (Path(one.path) / "adapter_model.safetensors").read_text() == "a"
 
 
 # ------------------------------------------------------------------------------------------------------ passing it on

@@ -17,7 +17,7 @@ from onlay import ledger, stages
 from onlay.records import Run
 from onlay.training.devices import find_devices
 from onlay.training.metrics_log import read_metrics
-from tests.builders import recipe_for, save_tiny_base, write_rows
+from tests.builders import proofs_of, recipe_for, save_tiny_base, write_rows
 from tests.training import two_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_two_ranks_train_the_adapter_that_one_trains(tmp_path: Path, monkeypatch
     assert two.environment["devices"] == "2"
     assert two.steps == one.steps == two.total_steps == 8
     assert two.trained_tokens == one.trained_tokens
-    assert two.proofs == one.proofs
+    assert proofs_of(two) == proofs_of(one)
     assert two.evaluation_loss == pytest.approx(one.evaluation_loss, rel=1e-6)
     expected, found = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
     assert expected.keys() == found.keys()

@@ -21,7 +21,7 @@ from onlay.training import session
 from onlay.training.loop import StepReport
 from onlay.training.optimizer import make_optimizer
 from onlay.training.proofs import MovementProof, prove_finite, prove_held, prove_unchanged
-from tests.builders import recipe_for, save_tiny_base, tiny_model, write_rows
+from tests.builders import proofs_of, recipe_for, save_tiny_base, tiny_model, write_rows
 
 IDS = torch.arange(12)[None]
 
@@ -247,7 +247,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]
 def test_a_run_records_its_proofs(train: Callable[..., Run], bias: str) -> None:
     run = train(adapter={"bias": bias})
     assert run.status == "finished"
-    assert run.proofs == {
+    assert proofs_of(run) == {
         "movement": {"moved_modules": 14, "modules_without_tokens": []}, "finite": True, "base_unchanged": True,
     }  # fmt: skip
     assert run.fast_paths["layout"].startswith("rows padded by length buckets")
@@ -257,7 +257,7 @@ def test_a_run_records_its_proofs(train: Callable[..., Run], bias: str) -> None:
 def test_pissa_also_proves_what_it_held_and_counts_what_it_trains(train: Callable[..., Run]) -> None:
     run = train(adapter={"method": "pissa", "rank": 4})
     assert run.status == "finished"
-    assert run.proofs == {
+    assert proofs_of(run) == {
         "movement": {"moved_modules": 14, "modules_without_tokens": []}, "finite": True, "held_still": True,
         "base_unchanged": True,
     }  # fmt: skip
@@ -280,7 +280,7 @@ def test_a_held_half_that_is_moved_is_found(train: Callable[..., Run], tmp_path:
 
 
 def test_full_tuning_records_its_proofs(train: Callable[..., Run]) -> None:
-    assert train(adapter={"method": "full"}).proofs == {
+    assert proofs_of(train(adapter={"method": "full"})) == {
         "movement": {"moved_weights": 21, "weights_without_tokens": []}, "finite": True,
     }  # fmt: skip
 

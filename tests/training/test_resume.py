@@ -25,7 +25,7 @@ from onlay.training import session
 from onlay.training.checkpoint import Checkpoints
 from onlay.training.loop import Task
 from onlay.training.metrics_log import read_metrics
-from tests.builders import recipe_for, write_rows
+from tests.builders import proofs_of, recipe_for, write_rows
 from tests.training.conftest import (
     Change,
     Countdown,
@@ -82,7 +82,8 @@ def test_stopped_after_any_step(workshop: Workshop, interval: int, dropout: floa
         workshop.assert_same(name, "whole")
         assert run.started == stopped.started
         assert run.seconds > stopped.seconds
-        unlike = {"path", "started", "seconds", "checkpoints", "peak_memory_bytes"}
+        unlike = {"path", "started", "seconds", "checkpoints", "peak_memory_bytes", "proofs"}
+        assert proofs_of(run) == proofs_of(whole)
         assert run.model_dump(exclude=unlike) == whole.model_dump(exclude=unlike)
         assert [c.step for c in run.checkpoints] == [c.step for c in whole.checkpoints]
 
