@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from onlay.database import Database
 from onlay.errors import OutputError
 from onlay.records import RECORDS, Record
 
 FILE = "ledger.sqlite"
-_BUSY_SECONDS = 30.0
 _SHORTEST_PREFIX = 4
 
 MIGRATIONS: tuple[str, ...] = (
@@ -92,7 +89,7 @@ class Ledger:
         place = str(Path(path).absolute())
         values = (kind, digest, datetime.now(UTC).isoformat(timespec="microseconds"), place, text)
         latest = "SELECT id, digest FROM records WHERE kind = ? AND path = ? ORDER BY id DESC LIMIT 1"
-        with self._open(write=True) as database:
+        with self._database.write() as database:
             known = database.execute(latest, (kind, place)).fetchone()
             if known is not None and known[1] == digest:
                 return int(known[0])
@@ -146,77 +143,15 @@ class Ledger:
     def _select(self, tail: str, values: list[str]) -> list[Row]:
         if not self.path.is_file():
             return []
-        with self._open(write=False) as database:
+        with self._database.read() as database:
             found = database.execute(f"SELECT id, kind, digest, created_at, path, json FROM records {tail}", values)
             return [
                 Row(id=row[0], kind=row[1], digest=row[2], created_at=row[3], path=row[4], json=row[5]) for row in found
             ]
 
-    @contextmanager
-    def _open(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        database = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            _use_wal(database)
-            self._migrate(database)
-            if write:
-                database.execute("BEGIN IMMEDIATE")
-            yield database
-            if write:
-                database.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            raise OutputError(
-                f"The ledger {self.path} cannot be used: {error}.",
-                "Free disk space or correct its rights, or set ONLAY_HOME to another folder.",
-            ) from None
-        finally:
-            if database is not None:
-                database.close()
-
-    def _migrate(self, database: sqlite3.Connection) -> None:
-        if self._version(database) == len(MIGRATIONS):
-            return
-        database.execute("BEGIN IMMEDIATE")
-        # Another process may have migrated it while this one waited for the lock.
-        for number in range(self._version(database), len(MIGRATIONS)):
-            for statement in _statements(MIGRATIONS[number]):
-                database.execute(statement)
-            database.execute(f"PRAGMA user_version = {number + 1}")
-        database.execute("COMMIT")
-
-    def _version(self, database: sqlite3.Connection) -> int:
-        version = int(database.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(MIGRATIONS):
-            raise OutputError(
-                f"The ledger {self.path} is of version {version}; this onlay knows {len(MIGRATIONS)}.",
-                "Upgrade onlay, or set ONLAY_HOME to another folder.",
-            )
-        return version
-
-
-def _use_wal(database: sqlite3.Connection) -> None:
-    """Readers and a writer at the same time.  Turning it on needs the file alone, which SQLite does not wait for."""
-    give_up = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            database.execute("PRAGMA journal_mode = WAL").fetchone()
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script, those of a trigger's body kept together."""
-    statement = ""
-    for part in script.split(";"):
-        statement += part + ";"
-        if sqlite3.complete_statement(statement):
-            if statement.strip(" \n;"):
-                yield statement
-            statement = ""
+    @property
+    def _database(self) -> Database:
+        return Database(self.path, migrations=MIGRATIONS, what="ledger")
 
 
 def _sources(record: Record | Row) -> list[str]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "onlay"
 
 LAYERS = {
     "errors": 0, "recipe": 0, "records": 0,
-    "hardware": 1, "ledger": 1, "kernels": 1,
+    "hardware": 1, "database": 1, "ledger": 1, "kernels": 1,
     "model": 2,
     "planning": 3, "data": 3, "generation": 3,
     "training": 4, "evaluation": 4,
@@ -23,11 +23,29 @@ LAYERS = {
     "stages": 6,
     "cli": 7, "console": 7,
 }  # fmt: skip
-"""Layer of each file or folder.  A unit imports lower layers and itself; siblings never each other, with two exceptions:"""
-ORDER_WITHIN = {("recipe", "errors"), ("records", "errors"), ("records", "recipe"), ("cli", "console")}
+"""Layer of each file or folder.  A unit imports lower layers and itself; siblings never each other, but for:"""
+ORDER_WITHIN = {
+    ("recipe", "errors"),
+    ("records", "errors"),
+    ("records", "recipe"),
+    ("ledger", "database"),
+    ("cli", "console"),
+}
 HEAVY = {"transformers", "peft", "bitsandbytes", "accelerate"}
 HEAVY_PLACES = ("model/", "data/template.py", "generation/", "training/")
-LIGHT_UNITS = ("errors", "recipe", "records", "hardware", "ledger", "stages", "cli", "console", "starter", "doctor")
+LIGHT_UNITS = (
+    "errors",
+    "recipe",
+    "records",
+    "hardware",
+    "database",
+    "ledger",
+    "stages",
+    "cli",
+    "console",
+    "starter",
+    "doctor",
+)
 """Files that `onlay VERB --help` or a wrong recipe may touch: nothing heavy at their top level."""
 
 

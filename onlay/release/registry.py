@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from onlay.database import Database
 from onlay.errors import OutputError, ProofError
 from onlay.ledger import home
 from onlay.records import AdapterVersion
-from onlay.release.database import Database
 from onlay.release.history import MIGRATIONS, Event, event_of, insert_move, insert_version, last_move, last_moves
 from onlay.release.names import LATEST, LIVE, check_alias, check_files, check_name
 from onlay.release.store import MANIFEST, Stage, Store
