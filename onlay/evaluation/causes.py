@@ -32,12 +32,17 @@ class Evidence:
     longest_expected_tokens: int
 
 
+def is_problem(rates: Mapping[str, float | None]) -> bool:
+    """Whether more than MANY of the answers loop or do not stop: only then is evidence worth gathering."""
+    return any((rates.get(name) or 0.0) > MANY for name in ("loop", "no_stop"))
+
+
 def likely_causes(rates: Mapping[str, float | None], evidence: Evidence) -> list[str]:
     """How many answers are concerned, then causes with their evidence, likely ones first; empty where no more than MANY of
     the answers loop or do not stop."""
-    loops, endless = rates.get("loop") or 0.0, rates.get("no_stop") or 0.0
-    if loops <= MANY and endless <= MANY:
+    if not is_problem(rates):
         return []
+    loops, endless = rates.get("loop") or 0.0, rates.get("no_stop") or 0.0
     told = [f"{loops:.0%} of the answers end in a loop, {endless:.0%} do not stop by themselves."]
     likely: list[str] = []
     unlikely: list[str] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onlay.data.read import Turn
-from onlay.evaluation.general import Check, Checked, answer_checks
+from onlay.evaluation.general import Check, Checked, answer_checks, check_scores
 from onlay.evaluation.harness import Abilities, Continuation, TaskScores, Wanted, run_tasks
 from onlay.evaluation.likelihood import RowNats
 from onlay.evaluation.safety import SafetyPrompt
@@ -103,7 +103,13 @@ def measure_systems(
             score = lambda pairs, system=system, name=name: bench.continuations(  # noqa: E731
                 system, pairs, progress=counting(f"{name}, {system.name}")
             )
-            into.checks.setdefault(name, {})[system.name] = answer_checks(checks, score_continuations=score)
+            answered = answer_checks(checks, score_continuations=score)
+            into.checks.setdefault(name, {})[system.name] = answered
+            scored = check_scores(checks, answered)
+            into.notes[f"{name}, {system.name}"] = (
+                f"{scored.accuracy:.1%} right by characters, {scored.accuracy_by_sum:.1%} by the plain sum; "
+                f"guessing would reach {scored.chance:.1%}"
+            )
     if material.tasks:
         abilities = {system.name: _abilities(bench, system, material.sampling) for system in plain}
         into.tasks |= run_tasks(material.tasks, systems=abilities, include_path=material.tasks_path)

@@ -235,7 +235,7 @@ def _content(message: Mapping[str, Any]) -> str:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    """What the numbers were made with: digests of everything, then the environment."""
+    """What the numbers were made with: digests of everything, how it was done where there was a choice, the environment."""
     base = report.base if report.base_revision is None else f"{report.base} at {report.base_revision}"
     rows = [
         ("digest of this report", report.digest),
@@ -245,6 +245,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ]
     rows += [(f"digest of {kind}", digest) for kind, digest in sorted(report.sources.items())]
     rows += [("evaluated in", f"{report.seconds:,.0f} s"), ("folder", report.path)]
+    rows += [(f"how: {name}", value) for name, value in report.notes.items()]
+    if report.latency_ms is not None:
+        rows.append(("milliseconds a token", f"{report.latency_ms:.1f}"))
     return rows + [(name, value) for name, value in report.environment.items() if name != "command"]
 
 

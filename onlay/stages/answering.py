@@ -50,6 +50,11 @@ class LoadedRun:
             context_tokens=self.facts.context_tokens,
         )  # fmt: skip
 
+    @cached_property
+    def _told(self) -> set[str]:
+        """What the engine does the slower way, and was said already."""
+        return set()
+
     def answer(
         self,
         conversations: Sequence[Sequence[Turn]],
@@ -77,6 +82,10 @@ class LoadedRun:
             on_token=(lambda _, token: stream.add(token)) if stream is not None else None,
             progress=lambda done, total: report(Loading("answering", done, total)),
         )
+        for note in self.engine.notes.values():
+            if note not in self._told:
+                self._told.add(note)
+                report(note)
         if stream is not None:
             stream.finish()
         return [self.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]

@@ -41,7 +41,7 @@ def conclude(
     gains: list[SeedGain], folder: Path, seconds: float, command: str,
 ) -> Report:  # fmt: skip
     """The Report: gates held against what was found, the verdict, and what could still be wrong."""
-    from onlay.evaluation.causes import likely_causes
+    from onlay.evaluation.causes import is_problem, likely_causes
     from onlay.evaluation.gates import Found, check_gates, decide
     from onlay.model.stack import describe_stack
 
@@ -79,7 +79,7 @@ def conclude(
         safety=found.safety, judged=judged, seeds=gains,
         latency_ms=measurements.latency_ms, gates=gates, gate_edits=subject.gate_edits, verdict=decision.verdict,
         reasons=decision.reasons, risks=decision.risks, failures=_failures(found, subject.judged),
-        likely_causes=likely_causes(rates, _evidence(subject, material)), notes=measurements.notes,
+        likely_causes=likely_causes(rates, _evidence(subject, material)) if is_problem(rates) else [], notes=measurements.notes,
         seconds=round(seconds, 2), environment=describe_stack(measurements.device) | {"command": command},
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ def _over_seeds(comparisons: Sequence[Comparison], gains: Sequence[SeedGain]) ->
 
 
 def _failures(found: Findings, judged: str) -> int:
-    """Rows that `_write` will write into failures.jsonl."""
+    """Rows that `write_report` will write into failures.jsonl."""
     known = [row["scores"][judged][found.main] for row in found.answers if row["expected"]]
     failed: int = sum(value is not None and value < _best(found) for value in known)
     return min(MOST_FAILURES, failed)

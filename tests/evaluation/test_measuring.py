@@ -101,7 +101,10 @@ def test_all_systems_are_asked_in_one_batch_and_only_plain_ones_the_rest() -> No
     assert [one.chosen for one in found.checks["general checks"]["adapter"]] == [1, 1]
     assert [one.chosen for one in found.checks["general checks"]["base"]] == [0, 0]
     assert counted == ["answering held-out rows", "answering safety prompts"]
-    assert found.notes == {"batch": "fixed groups", "likelihood": "how"}
+    half = "50.0% right by characters, 50.0% by the plain sum; guessing would reach 50.0%"
+    assert found.notes == {
+        "batch": "fixed groups", "likelihood": "how", "general checks, adapter": half, "general checks, base": half,
+    }  # fmt: skip
     assert (found.latency_ms, found.device) == (None, torch.device("cpu"))
 
 
