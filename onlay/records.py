@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -109,16 +109,109 @@ class SplitFacts(BaseModel):
     longest_tokens: int
 
 
+Severity = Literal["error", "warning", "note"]
+"""error: not to be trained on as it is; warning: look at it; note: worth knowing."""
+
+
+class RowAt(BaseModel):
+    """Where a row is: the line of a JSONL or CSV file, the 1-based position elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: str
+    row: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
 class Finding(BaseModel):
-    """Something about the data worth telling: counted, with the places of the first few."""
+    """Something about the data worth telling: counted, with the first few rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     code: str
-    """Such as overlong_dropped, masked_turns, boundary_merges."""
+    """Such as overlong_dropped, masked_turns, duplicates_exact."""
+    severity: Severity = "note"
     count: int
+    """Of rows, unless the message names another unit."""
     message: str
-    places: list[str] = []
-    """`file:row` of the first few."""
+    rows: list[RowAt] = []
+    """The first few."""
+    remedy: str = ""
+    """What to do about it; empty where nothing needs doing."""
+
+
+class Distribution(BaseModel):
+    """Of one number over all rows: a histogram and its summary."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    """Such as prompt_characters, answer_tokens, trained_share, cluster_rows."""
+    unit: str
+    count: int
+    least: float
+    p05: float
+    median: float
+    mean: float
+    p95: float
+    most: float
+    edges: list[float]
+    """Of the bars, one more than `counts`."""
+    counts: list[int]
+
+
+class Group(BaseModel):
+    """Rows that belong together, with their texts side by side: a cluster of duplicates, one prompt with several answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    code: str
+    """Of the finding that it is an example of."""
+    count: int
+    """Rows in the group; `rows` and `texts` hold the first few."""
+    prompt: str = ""
+    rows: list[RowAt]
+    texts: list[str]
+
+
+class AuditedFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    digest: str
+    """SHA-256 of its bytes; of the fingerprint for a hub data set."""
+    format: str
+    rows: int
+    """Readable ones."""
+    unreadable: int
+    role: Literal["train", "evaluation", "benchmark"]
+
+
+class Audit(Record):
+    """What is wrong with data, where, how bad, and what to do."""
+
+    kind: ClassVar[str] = "audit"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"seconds"})
+    files: list[AuditedFile]
+    rows: int
+    """Readable training rows."""
+    unreadable: int
+    base: str | None = None
+    """Whose tokenizer and template counted tokens; None: nothing was tokenized."""
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    findings: list[Finding]
+    """Errors first, then warnings, then notes."""
+    distributions: list[Distribution] = []
+    shares: dict[str, dict[str, int]] = {}
+    """Counts by value: domains, scripts, roles, openings, personal_data (occurrences by type), severities."""
+    measures: dict[str, float] = {}
+    """Single numbers, such as domain_entropy_bits, near_threshold, duplicate_share."""
+    groups: list[Group] = []
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Nothing at level error, and every row could be read."""
+        return not self.unreadable and all(finding.severity != "error" for finding in self.findings)
 
 
 class Dataset(Record):

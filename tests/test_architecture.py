@@ -214,7 +214,7 @@ def test_the_check_finds_broad_handlers() -> None:
 AT_IMPORT = {
     "re.compile", "frozenset", "str", "Candidate", "LoraAdapter", "TrainingSection",
     "EvaluationSection", "Field", "ConfigDict", "date", "typer.Typer", "typer.Option", "typer.Argument", "np.dtype",
-    "Score", "AnswerScore", "Unit", "ReleaseSection", "Loader.add_implicit_resolver", "Dumper.add_implicit_resolver", "app.command", "app.callback", "Progress", "TorchVersion",
+    "Kind", "Score", "AnswerScore", "Unit", "ReleaseSection", "Loader.add_implicit_resolver", "Dumper.add_implicit_resolver", "app.command", "app.callback", "Progress", "TorchVersion",
 }  # fmt: skip
 """Calls that may run at the top level of a file: they make constants and declare."""
 

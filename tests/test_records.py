@@ -24,6 +24,7 @@ from onlay.records import (
     Record,
     Recovery,
     Report,
+    RowAt,
     Run,
     SplitFacts,
     write_whole,
@@ -45,7 +46,7 @@ def dataset(**changes: Any) -> Dataset:
         "path": "/p", "source": "rows.jsonl", "source_digest": "aa", "format": "messages", "template": "base",
         "template_digest": "bb", "tokenizer_digest": "cc", "max_tokens": 8, "stop_token_ids": [2], "sources": {"data": "aa"},
         "splits": {"train": SplitFacts(rows=3, examples=2, tokens=9, trained_tokens=4, longest_tokens=5)},
-        "findings": [Finding(code="overlong_dropped", count=1, message="too long", places=["rows.jsonl:2"])],
+        "findings": [Finding(code="overlong_dropped", count=1, message="too long", rows=[RowAt(file="rows.jsonl", row=2)])],
     }  # fmt: skip
     return Dataset(**(values | changes))
 

@@ -137,8 +137,8 @@ def dataset_table(dataset: Dataset) -> Group:
 def _findings(dataset: Dataset) -> list[Text]:
     notes = []
     for finding in dataset.findings:
-        more = ", ..." if finding.count > len(finding.places) else ""
-        where = f" ({', '.join(finding.places)}{more})" if finding.places else ""
+        more = ", ..." if finding.count > len(finding.rows) else ""
+        where = f" ({', '.join(row.place for row in finding.rows)}{more})" if finding.rows else ""
         notes.append(Text(f"{finding.count:,} {finding.message}{where}", style="yellow"))
     return [Text(""), *notes] if notes else []
 

@@ -32,12 +32,12 @@ from onlay.data.sources import Row
 from onlay.data.template import NOTES, ChatTemplate, Encoded
 from onlay.errors import DataError, OutputError, RecipeError
 from onlay.recipe import Recipe, digest_of
-from onlay.records import Dataset, Finding, SplitFacts
+from onlay.records import Dataset, Finding, RowAt, SplitFacts
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the files below would differ for the same inputs."""
 CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 1 << 19
@@ -229,20 +229,19 @@ class _Findings:
     """Counts by code, with the first few places."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    rows: dict[str, list[RowAt]] = field(default_factory=dict)
 
-    def add(self, code: str, place: str, count: int = 1) -> None:
+    def add(self, code: str, row: Row, count: int = 1) -> None:
         self.counts[code] = self.counts.get(code, 0) + count
-        places = self.places.setdefault(code, [])
-        if len(places) < SHOWN_PLACES and place not in places:
-            places.append(place)
+        rows = self.rows.setdefault(code, [])
+        at = RowAt(file=row.file, row=row.number)
+        if len(rows) < SHOWN_PLACES and at not in rows:
+            rows.append(at)
 
     def listed(self, max_tokens: int) -> list[Finding]:
         messages = NOTES | BUILD_NOTES
         return [
-            Finding(
-                code=code, count=count, message=messages[code].format(max_tokens=max_tokens), places=self.places[code]
-            )
+            Finding(code=code, count=count, message=messages[code].format(max_tokens=max_tokens), rows=self.rows[code])
             for code, count in sorted(self.counts.items())
         ]
 
@@ -390,12 +389,12 @@ def _add_example(
     """Adds a row's examples under the length policy; whether any was added."""
     writer.rows += 1
     for code, count in example.notes.items():
-        found.add(code, row.place, count)
+        found.add(code, row, count)
     ids, trained = example.ids, example.trained
     if example.is_document:
         pieces = split_document(ids, max_tokens)
         if len(pieces) > 1:
-            found.add("documents_split", row.place)
+            found.add("documents_split", row)
         for piece in pieces:
             writer.add(piece, [False] + [True] * (len(piece) - 1), row.number)
         return True
@@ -405,14 +404,14 @@ def _add_example(
                 f"{row.place}: it has {len(ids)} tokens, more than data.max_tokens = {max_tokens}.",
                 "Shorten the row, raise data.max_tokens, or set data.overlong to drop or cut.",
             )
-        found.add(f"overlong_{'dropped' if recipe.data.overlong == 'drop' else 'cut'}", row.place)
+        found.add(f"overlong_{'dropped' if recipe.data.overlong == 'drop' else 'cut'}", row)
         if recipe.data.overlong == "drop":
             return False
         kept = max_tokens - example.kept_at_end
         end = len(ids) - example.kept_at_end
         ids, trained = ids[:kept] + ids[end:], trained[:kept] + trained[end:]
     if not any(trained):
-        found.add("nothing_trained", row.place)
+        found.add("nothing_trained", row)
         return False
     writer.add(ids, trained, row.number)
     if not writer.has_end:

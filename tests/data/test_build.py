@@ -351,7 +351,7 @@ def test_overlong_rows_are_dropped_and_listed(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, recipe_for(path, data={"max_tokens": 64}, evaluation={"split": None}))
     assert dataset.splits["train"].model_dump(include={"rows", "examples"}) == {"rows": 8, "examples": 6}
     (finding,) = dataset.findings
-    assert (finding.code, finding.count, finding.places) == ("overlong_dropped", 2, [f"{path}:7", f"{path}:8"])
+    assert (finding.code, finding.count, [row.place for row in finding.rows]) == ("overlong_dropped", 2, [f"{path}:7", f"{path}:8"])
     assert "64 tokens" in finding.message
 
 
