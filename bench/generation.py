@@ -28,8 +28,10 @@ from torch import nn
 
 from onlay.generation.adapters import RowAdapters, base_of
 from onlay.generation.engine import Engine, Request, Sampling
+from onlay.generation.fused import FusedDecoding
 from onlay.generation.sampling import Sampler
 from onlay.generation.slots import SLOT_ATTENTION, Slots, attention
+from onlay.kernels.decode import has_kernels
 
 STEPS = 48
 RANK = 16
@@ -81,10 +83,11 @@ def step_milliseconds(
     columns = -(-(len(prompts[0]) + 2 * STEPS) // 64) * 64
     captured = device.type == "cuda"
     with torch.inference_mode(), attention(base, SLOT_ATTENTION):
-        by_row = RowAdapters(model) if any(adapters) else None
+        fused = FusedDecoding(base) if has_kernels(device) else None
+        by_row = RowAdapters(model, groups=fused.groups if fused else ()) if any(adapters) else None
         slots = Slots(base, rows=rows, columns=columns, longest=columns, piece_tokens=8192, graphs=captured)
         sampler = Sampler(Sampling(), rows=rows, device=device)
-        with by_row or nullcontext():
+        with by_row or nullcontext(), fused.use(by_row) if fused else nullcontext():
             if by_row is not None:
                 by_row.expect(adapters)
                 by_row.put(adapters)

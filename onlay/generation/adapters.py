@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from onlay.errors import BaseModelError
-from onlay.kernels.grouped_lora import grouped_lora_, scale_base_
+from onlay.kernels.decode import Update
+from onlay.kernels.grouped_lora import grouped_lora_, hidden_of, scale_base_
 from onlay.model.quantize import QuantizedLinear
 
 STACKED_RANKS = 512
 """Up to this sum of ranks all adapters of a call are stacked; over it only those in the batch."""
+SIDE_TOKENS = 512
+"""Up to so many tokens the base's product waits for memory, and the adapters' small one runs beside it for nothing."""
 
 
 def loaded_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -104,13 +107,16 @@ class RowAdapters:
     """Gives each row of the batch its own adapter; a context manager that puts every layer's forward back on leaving.
 
     While it is on, an adapted layer computes its base's product once for all rows and adds what
-    onlay/kernels/grouped_lora.py computes for the stacked adapters.
+    onlay/kernels/grouped_lora.py computes for the stacked adapters.  Layers that share an input (`groups`) share one
+    product with their A below one another.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, groups: Sequence[tuple[nn.Module, ...]] = ()) -> None:
         from peft.tuners.lora import Linear
 
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear)]
+        self._group_layers = [tuple(layer for layer in group if isinstance(layer, Linear)) for group in groups]
+        self._groups: dict[int, _Group] = {}
         base = base_of(model)
         embedding = base.get_input_embeddings().weight
         self._dtype, self._device = embedding.dtype, next(model.parameters()).device
@@ -119,6 +125,7 @@ class RowAdapters:
         self._wanted: tuple[str, ...] = ()
         self._mixed = False
         self._stacks: dict[int, _Stack] = {}
+        self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.names: tuple[str, ...] | None = None
         """The adapters that are stacked now."""
 
@@ -135,7 +142,7 @@ class RowAdapters:
             else:
                 layer.forward = before
         self._before = []
-        self._stacks = {}
+        self._stacks, self._groups = {}, {}
         self.names = None
 
     def expect(self, adapters: Sequence[str | None]) -> None:
@@ -160,6 +167,7 @@ class RowAdapters:
                 id(layer): stack for layer in self._layers if (stack := self._stack(layer, names)) is not None
             }
             self.names = names
+            self._group()
         if changed or list(rows) != self._rows:
             self._rows = list(rows)
             self._mask()
@@ -169,6 +177,7 @@ class RowAdapters:
     def only(self, rows: Sequence[str | None]) -> Iterator[None]:
         """These rows instead of the batch's, for a prefill."""
         before = {key: (stack.mask, stack.gain) for key, stack in self._stacks.items()}
+        groups = {key: group.mask for key, group in self._groups.items()}
         batch = self._rows
         self._rows = list(rows)
         self._mask(new=True)
@@ -178,6 +187,8 @@ class RowAdapters:
             self._rows = batch
             for key, (mask, gain) in before.items():
                 self._stacks[key].mask, self._stacks[key].gain = mask, gain
+            for key, mask in groups.items():
+                self._groups[key].mask = mask
 
     def _rank(self, name: str) -> int:
         return max((layer.r[name] for layer in self._layers if name in layer.lora_A), default=0)
@@ -206,6 +217,21 @@ class RowAdapters:
             columns=tuple((name, layer.r[name]) for name in own), table=table,
         )  # fmt: skip
 
+    def _group(self) -> None:
+        """Puts the A of layers that share an input below one another; the layers' own become views of that."""
+        self._groups = {}
+        for layers in self._group_layers:
+            stacks = [self._stacks[id(layer)] for layer in layers if id(layer) in self._stacks]
+            if len(stacks) < 2:
+                continue
+            a = torch.cat([stack.a for stack in stacks])
+            group = _Group(a=a, stacks=stacks)
+            start = 0
+            for stack in stacks:
+                stack.a = a[start : start + len(stack.a)]
+                start += len(stack.a)
+            self._groups.update((id(layer), group) for layer in layers)
+
     def _mask(self, *, new: bool = False) -> None:
         """Writes each row's own columns; into the same memory where the number of rows is the same, unless `new`."""
         masks: dict[tuple[tuple[str, int], ...], Tensor] = {}
@@ -231,18 +257,91 @@ class RowAdapters:
                 same = not new and stack.gain is not None and stack.gain.shape == gain.shape
                 stack.gain = stack.gain.copy_(gain) if same else gain  # type: ignore[union-attr]
 
+        for group in {id(group): group for group in self._groups.values()}.values():
+            parts = [stack.mask for stack in group.stacks if stack.mask is not None]
+            if not parts:
+                group.mask = None
+                continue
+            joined = torch.cat(parts, 1)
+            same = not new and group.mask is not None and group.mask.shape == joined.shape
+            group.mask = group.mask.copy_(joined) if same else joined  # type: ignore[union-attr]
+
     def forward(self, layer: Any, x: Tensor) -> Tensor:
-        y: Tensor = layer.base_layer(x)
-        stack = self._stacks.get(id(layer))
+        [(y, update)] = self.project((layer,), x)
+        if update is not None:
+            y.view(-1, y.shape[-1]).addmm_(update.hidden, update.b)
+        return y
+
+    def project(self, layers: Sequence[Any], x: Tensor) -> list[tuple[Tensor, Update | None]]:
+        """Of each layer the base's product (N, ..., O), and what the adapters add to it, left to the caller.
+
+        `layers` share the input x (N, ..., I): they are one of the groups, or one layer.
+        """
+        stacks = [self._stacks.get(id(layer)) for layer in layers]
+        if all(stack is None or stack.a.dtype != x.dtype for stack in stacks):
+            return [(self._whole(layer, stack, x), None) for layer, stack in zip(layers, stacks, strict=True)]
+        side = self._side if x.numel() // x.shape[-1] <= SIDE_TOKENS else None
+        if side is None:
+            hidden = self._hidden(layers, stacks, x)
+            outputs = [_base(layer)(x) for layer in layers]
+        else:
+            main = torch.cuda.current_stream(self._device)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                hidden = self._hidden(layers, stacks, x)
+            outputs = [_base(layer)(x) for layer in layers]
+            main.wait_stream(side)
+        found: list[tuple[Tensor, Update | None]] = []
+        for layer, stack, y, h in zip(layers, stacks, outputs, hidden, strict=True):
+            if stack is None or h is None:
+                found.append((y, None))
+                continue
+            if stack.gain is not None:
+                y = scale_base_(y, gain=stack.gain, bias=layer.base_layer.bias)
+            if y.dtype == h.dtype:
+                found.append((y, Update(hidden=h, b=stack.b)))
+            else:
+                found.append((y + (h @ stack.b).view(y.shape).to(y.dtype), None))
+        return found
+
+    def _hidden(self, layers: Sequence[Any], stacks: Sequence[_Stack | None], x: Tensor) -> list[Tensor | None]:
+        """(tokens, S) of each layer: parts of one product where they are a group."""
+        group = self._groups.get(id(layers[0])) if len(layers) > 1 else None
+        if group is None:
+            return [None if stack is None else hidden_of(x, a=stack.a, mask=stack.mask) for stack in stacks]
+        every = hidden_of(x, a=group.a, mask=group.mask)
+        parts: list[Tensor | None] = []
+        start = 0
+        for stack in stacks:
+            parts.append(None if stack is None else every[:, start : start + len(stack.a)])
+            start += 0 if stack is None else len(stack.a)
+        return parts
+
+    def _whole(self, layer: Any, stack: _Stack | None, x: Tensor) -> Tensor:
+        """A layer whose input is in other bits than the adapters: the base keeps some layers in more bits than the others."""
+        y: Tensor = _base(layer)(x)
         if stack is None:
             return y
         if stack.gain is not None:
             y = scale_base_(y, gain=stack.gain, bias=layer.base_layer.bias)
-        if y.dtype == stack.a.dtype == x.dtype:
-            return grouped_lora_(y, x, a=stack.a, b=stack.b, mask=stack.mask)
-        # A layer that the base keeps in more bits than the others.
         part = torch.zeros(y.shape, dtype=stack.a.dtype, device=y.device)
         return y + grouped_lora_(part, x.to(part.dtype), a=stack.a, b=stack.b, mask=stack.mask).to(y.dtype)
+
+
+def _base(layer: Any) -> Any:
+    """PEFT's layer holds the base's; a layer without adapters is the base's."""
+    return getattr(layer, "base_layer", layer)
+
+
+class _Group:
+    """Layers that share an input."""
+
+    __slots__ = ("a", "mask", "stacks")
+
+    def __init__(self, *, a: Tensor, stacks: list[_Stack]) -> None:
+        self.a, self.stacks = a, stacks
+        """(sum of the layers' S, I), the layers' own A below one another."""
+        self.mask: Tensor | None = None
 
 
 class _Stack:

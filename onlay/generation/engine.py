@@ -65,10 +65,12 @@ class Engine:
         self.model = model
         self._stops, self._pad, self._context = frozenset(stop_token_ids), pad_token_id, context_tokens
         self.notes: dict[str, str] = {}
-        """What is not done the fast way, and why: `batch`, `adapters`, `cuda_graph`."""
+        """What is not done the fast way, and why: `batch`, `adapters`, `fused_steps`, `cuda_graph`."""
         self._slots: Proven = prove_slots(model, context_tokens=context_tokens)
         if self._slots.failure is not None:
             self.notes["batch"] = f"fixed groups with the base's own cache, because {self._slots.failure}"
+        elif self._slots.fused is not None and next(model.parameters()).device.type == "cuda":
+            self.notes["fused_steps"] = f"steps run on the base's own modules: {self._slots.fused}"
         self._seen: tuple[str, ...] = ()
         self._by_row = False
         self._look()
@@ -98,6 +100,7 @@ class Engine:
         import torch
 
         from onlay.generation.adapters import RowAdapters, base_of, refuse_mixing, switched
+        from onlay.generation.fused import FusedDecoding
 
         self._look()
         self._check(requests)
@@ -118,14 +121,18 @@ class Engine:
                 for adapter, indices in groups:
                     jobs = {i: requests[i] for i in indices}
                     with ExitStack() as stack:
-                        rows = None
+                        rows, base = None, base_of(self.model)
+                        fused = FusedDecoding(base) if self._slots.fused is None else None
                         if self._by_row:
-                            rows = stack.enter_context(RowAdapters(self.model))
+                            shared = fused.groups if fused is not None else []
+                            rows = stack.enter_context(RowAdapters(self.model, groups=shared))
                             rows.expect([request.adapter for request in jobs.values()])
                         else:
                             stack.enter_context(switched(self.model, adapter))
                             stack.enter_context(_sixteen_bit(self.model))
-                        self._answer(base_of(self.model), jobs, rows, tell)
+                        if fused is not None:
+                            stack.enter_context(fused.use(rows))
+                        self._answer(base, jobs, rows, tell)
         finally:
             self.model.train(was_training)
         return [answers[i] for i in range(len(requests))]

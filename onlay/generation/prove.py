@@ -1,13 +1,14 @@
 """Whether the rows of a base can be slots: tried, not believed.
 
 Two rows are computed alone without a cache, and as slots: one padded beside the other, one admitted late, both moved.
-Logits must agree; else the base answers in fixed groups.
+Logits must agree; else the base answers in fixed groups.  The fused steps (fused.py) are tried first, then its own modules.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from onlay.generation.adapters import base_of, switched
+from onlay.generation.fused import FusedDecoding
 from onlay.generation.slots import SLOT_ATTENTION, MaskForm, Slots, attention
+from onlay.kernels.decode import has_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Proven:
     """Of keys and values in all layers."""
     pads: bool
     """Without slots: whether padding leaves a row as it is.  A recurrent state runs through it in some bases."""
+    fused: str | None
+    """Why steps do not run on the fused kernels; None when they do."""
     alone_over: int | None
     """Rows longer than this change what the others of their batch are computed with; None: never."""
 
@@ -40,19 +45,34 @@ def prove_slots(model: nn.Module, *, context_tokens: int | None) -> Proven:
     alone_over = _frequencies_change_over(base.config)
     pads = not getattr(base, "_is_stateful", False)
     failure = _structure(base)
+    fused = _why_not_fused(base)
     if failure is None:
         takes_ours = getattr(type(base), "_supports_attention_backend", False)
-        for name in (*([SLOT_ATTENTION] if takes_ours else []), None):
+        ways = [(name, fuses) for name in ([SLOT_ATTENTION] if takes_ours else []) for fuses in (True, False)]
+        for name, fuses in [*ways, (None, False)]:
+            if fuses and fused is not None:
+                continue
             was_training = model.training
             model.eval()
             try:
-                with torch.inference_mode(), switched(model, None):
+                steps = FusedDecoding(base) if fuses else nullcontext()
+                with torch.inference_mode(), switched(model, None), steps:
                     failure, bytes_a_token = _try(base, name, context_tokens)
             finally:
                 model.train(was_training)
             if failure is None:
-                return Proven(None, attention=name, bytes_a_token=bytes_a_token, pads=pads, alone_over=alone_over)
-    return Proven(failure, attention=None, bytes_a_token=0, pads=pads, alone_over=alone_over)
+                return Proven(
+                    None, attention=name, bytes_a_token=bytes_a_token, pads=pads, fused=fused, alone_over=alone_over
+                )
+            if fuses:
+                fused = failure
+    return Proven(failure, attention=None, bytes_a_token=0, pads=pads, fused=failure, alone_over=alone_over)
+
+
+def _why_not_fused(base: Any) -> str | None:
+    if not has_kernels(next(base.parameters()).device):
+        return "the kernels need a GPU and Triton"
+    return None if FusedDecoding(base).found else "its blocks have another form"
 
 
 def _structure(base: Any) -> str | None:

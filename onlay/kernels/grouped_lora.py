@@ -37,12 +37,17 @@ def reference(
     return torch.stack(rows)
 
 
-def grouped_lora_(y: Tensor, x: Tensor, *, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """y (N, ..., O) += ((x A^T) * mask) B in place, and y.  mask None: every row has every adapter of A and B."""
+def hidden_of(x: Tensor, *, a: Tensor, mask: Tensor | None) -> Tensor:
+    """h = (x A^T) * mask: (tokens of all rows, S).  mask None: every row has every adapter of A."""
     hidden = x.reshape(-1, x.shape[-1]) @ a.t()
     if mask is not None:
         hidden.view(_by_row(hidden, mask)).mul_(mask.unsqueeze(1))
-    y.view(-1, y.shape[-1]).addmm_(hidden, b)
+    return hidden
+
+
+def grouped_lora_(y: Tensor, x: Tensor, *, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """y (N, ..., O) += ((x A^T) * mask) B in place, and y."""
+    y.view(-1, y.shape[-1]).addmm_(hidden_of(x, a=a, mask=mask), b)
     return y
 
 

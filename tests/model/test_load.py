@@ -243,10 +243,12 @@ def test_a_base_spread_over_gpu_and_host_computes_the_same(
     asked = section(tmp_path, storage=storage, compute="fp32")
     here = find_hardware()
     alone = load_base(read_facts(asked), asked, here)
-    room = {"bf16": 300_000, "nf4": 120_000, "int8": 140_000}[storage]
     monkeypatch.setattr(load, "needs_spreading", lambda *_: True)
-    monkeypatch.setattr(load, "spread_memory", lambda _: {0: room, "cpu": 2**33})
-    spread = load_base(read_facts(asked), asked, here, spread=True)
+    for room in range(280_000, 20_000, -20_000):  # What counts as room left is transformers' affair.
+        monkeypatch.setattr(load, "spread_memory", lambda _, room=room: {0: room, "cpu": 2**33})
+        spread = load_base(read_facts(asked), asked, here, spread=True)
+        if "on cpu" in spread.notes["placement"]:
+            break
     assert "on cuda:0" in spread.notes["placement"]
     assert "on cpu" in spread.notes["placement"]
     ids = torch.arange(8, device="cuda")[None]
