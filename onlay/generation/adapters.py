@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from onlay.errors import BaseModelError
-from onlay.kernels.decode import Update
 from onlay.kernels.grouped_lora import grouped_lora_, hidden_of, scale_base_
+from onlay.kernels.updates import Update
 from onlay.model.quantize import QuantizedLinear
 
 STACKED_RANKS = 512

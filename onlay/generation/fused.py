@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from onlay.generation.adapters import RowAdapters
 from onlay.generation.slots import SlotCache, slot_attention
-from onlay.kernels.decode import HeadNorm, Update, add_residual, fits, rotate_and_store, swiglu
+from onlay.kernels.decode import add_residual, fits, rotate_and_store, swiglu
+from onlay.kernels.updates import HeadNorm, Update
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}

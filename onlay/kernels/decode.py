@@ -23,7 +23,6 @@ Sources.  RoPE (arXiv:2104.09864); SwiGLU (arXiv:2002.05202); S-LoRA (arXiv:2311
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -31,26 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LEAST_HALF = 16
-"""Of a head's width: the least that a matrix product of a kernel takes."""
-MOST_ROWS = 64
-"""Of one program."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
-    """The adapters' part of a projection: hidden (N, S) of any row stride, masked, and B (S, O)."""
-
-    hidden: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadNorm:
-    """RMSNorm over each head: weight (D,)."""
-
-    weight: Tensor
-    eps: float
+from onlay.kernels.updates import LEAST_HALF, HeadNorm, Update
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onlay.kernels.decode import MOST_ROWS, HeadNorm, Update
+from onlay.kernels.updates import MOST_ROWS, HeadNorm, Update
 
 BLOCK_SUM = 64
 """Ranks that are multiplied at a time."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onlay.kernels import decode
-from onlay.kernels.decode import HeadNorm, Update
+from onlay.kernels.updates import HeadNorm, Update
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
