@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/onlay demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check onlay tests recipes bench docs

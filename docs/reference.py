@@ -23,9 +23,11 @@ from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from onlay.cli import app
+from onlay.data.audit.catalogue import KINDS
 from onlay.data.build import BUILD_NOTES
 from onlay.data.template import NOTES
 from onlay.recipe import METHODS, field_paths
+from onlay.recipe.sections import Section
 
 DOCS = Path(__file__).parent
 PROJECT = DOCS.parent
@@ -62,6 +64,31 @@ CONSTANTS = {
         "training/loop.py:LEAST_LOSS_SCALE": "loss scale below which it is not halved any more",
         "training/loop.py:SCALE_GROWTH_STEPS": "steps after which the loss scale doubles",
         "training/session.py:CHECKPOINTS_A_RUN": "checkpoints of a run where `training.checkpoint_steps` is not set",
+    },
+    "audit": {
+        "stages/auditing.py:FEW_ROWS": "fewer training rows than this are few",
+        "data/audit/words.py:SHINGLE_WORDS": "words in a row that make a shingle",
+        "data/audit/candidates.py:CANDIDATE_RECALL": "least probability that two rows at the threshold are compared at all",
+        "data/audit/overlap.py:PROMPT_THRESHOLD": "similarity from which two prompts ask nearly the same",
+        "data/audit/overlap.py:NGRAM_WORDS": "words in a row that a training row may not share with a held-out row",
+        "data/audit/overlap.py:TEMPLATE_WORDS": "a run of so many words is a template's where at least",
+        "data/audit/overlap.py:TEMPLATE_ROWS": "so many training rows hold it, and",
+        "data/audit/overlap.py:TEMPLATE_SHARE": "this share of them",
+        "data/audit/statistics.py:SPREADS": "a row is an outlier this many widths of the middle half beyond it, on a scale of ratios",
+        "data/audit/statistics.py:LEAST_ROWS": "fewer rows have no outliers",
+        "data/audit/balance.py:IMBALANCE_SHARE": "a domain of more than this share is too large where also",
+        "data/audit/balance.py:IMBALANCE_ENTROPY": "the entropy is below this share of the greatest possible",
+        "data/audit/balance.py:RARE_ROWS": "a domain of fewer rows is rare",
+        "data/audit/texts.py:LEAST_COPIES": "repetitions in a row that make a loop",
+        "data/audit/texts.py:LEAST_LOOP_WORDS": "words of a loop beyond its first copy, at least",
+        "data/audit/texts.py:OPENING_SHARE": "share of the answers that begin alike, from which an opening is boilerplate",
+        "data/audit/texts.py:LEAST_OPENINGS": "and the least number of them",
+        "data/audit/languages.py:MAIN_SHARE": "a language that this share of the rows is in is the data's",
+        "data/audit/masks.py:LITTLE_TRAINED": "share of trained tokens below which a row trains little",
+        "data/privacy/detect.py:THRESHOLD": "score from which a detection counts",
+        "stages/knowledge.py:KNOWN_NATS": "loss, in nats a token, up to which the base knows an answer",
+        "stages/knowledge.py:FAR": "modified z-score of the loss from which an answer is beyond the base",
+        "stages/knowledge.py:MOST_ROWS": "rows whose loss is measured, drawn with the seed",
     },
 }
 
@@ -100,6 +127,8 @@ def _type_words(annotation: Any) -> list[str]:
     if typing.get_origin(annotation) is list:
         parts = _type_words(typing.get_args(annotation)[0])
         return ["list of texts" if parts == ["text"] else f"list of {', '.join(parts)}"]
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return ["{" + ", ".join(annotation.model_fields) + "}"]
     if typing.get_origin(annotation) is dict:
         return ["lines of name: number"]
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
@@ -141,8 +170,15 @@ def constant_source(path: Path, name: str) -> str:
     for wanted in classes:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == wanted)
     for node in body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == leaf for t in node.targets):
-            return ast.unparse(node.value)
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if isinstance(target, ast.Name) and target.id == leaf:
+                return ast.unparse(node.value)
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                for part, value in zip(target.elts, node.value.elts, strict=True):
+                    if isinstance(part, ast.Name) and part.id == leaf:
+                        return ast.unparse(value)
     raise KeyError(f"{path} has no constant {name}: correct CONSTANTS in docs/reference.py")
 
 
@@ -152,10 +188,26 @@ def findings_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def audit_table(severity: str) -> str:
+    """The findings of one severity, in the catalogue's order."""
+    lines = ["| code | what it counts | what to do |", "|---|---|---|"]
+    for code, kind in KINDS.items():
+        if kind.severity == severity:
+            words = re.sub(r"{(\w+)}", lambda name: f"*{name[1].replace('_', ' ')}*", kind.message)
+            lines.append(f"| `{code}` | {words} | {kind.remedy} |".replace("{", "`{").replace("}", "}`"))
+    return "\n".join(lines)
+
+
 def generated(name: str) -> str:
     """The content of the block NAME."""
     kind, _, what = name.partition(" ")
-    makers = {"recipe": recipe_table, "help": help_text, "constants": constants_table, "findings": findings_table}
+    makers = {
+        "recipe": recipe_table,
+        "help": help_text,
+        "constants": constants_table,
+        "findings": findings_table,
+        "audit": audit_table,
+    }
     return makers[kind](what)
 
 

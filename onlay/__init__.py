@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Recipe", "chat", "demo", "evaluate", "generate", "merge", "prepare", "promote", "register", "rollback", "show", "train",
+    "Recipe", "audit", "chat", "demo", "evaluate", "generate", "merge", "prepare", "promote", "register", "rollback", "show", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from onlay.recipe import Recipe
     from onlay.stages import (
+        audit,
         chat,
         demo,
         evaluate,

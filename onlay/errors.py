@@ -22,7 +22,15 @@ class RecipeError(OnlayError):
 
 
 class DataError(OnlayError):
-    """A data file cannot be read, or a row in it cannot be used.  The problem names file, row and field."""
+    """A data file cannot be read, or a row in it cannot be used.  The problem names file, row and field.
+
+    `code` is that of the audit's finding where a row (or the rest of a file) is at fault, `row` its number where known.
+    """
+
+    def __init__(self, problem: str, remedy: str, *, code: str | None = None, row: int | None = None) -> None:
+        super().__init__(problem, remedy)
+        self.code = code
+        self.row = row
 
 
 class BaseModelError(OnlayError):

@@ -560,5 +560,5 @@ class AdapterVersion(Record):
 
 
 RECORDS: dict[str, type[Record]] = {
-    record.kind: record for record in (ModelFacts, Dataset, Run, Merge, Report, AdapterVersion)
+    record.kind: record for record in (ModelFacts, Audit, Dataset, Run, Merge, Report, AdapterVersion)
 }

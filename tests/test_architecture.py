@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "onlay"
 
 LAYERS = {
     "errors": 0, "recipe": 0, "records": 0,
-    "hardware": 1, "database": 1, "ledger": 1, "kernels": 1,
+    "hardware": 1, "database": 1, "ledger": 1, "kernels": 1, "pages": 1,
     "model": 2,
     "planning": 3, "data": 3, "generation": 3,
     "training": 4, "evaluation": 4,

@@ -126,6 +126,18 @@ CASES = {
     "missing argument": Case(("init",), "Missing argument", "onlay init --help"),
     "option out of range": Case(("generate", "r", "--top-p", "2"), "Invalid value for '--top-p'", "onlay generate --help"),
     # last, because it needs the most: a data set of the hub
+    "synthesize from missing rows": Case(("synthesize", "row.jsonl", "--model", "base"), "There is no data file at row.jsonl.", "rows.jsonl"),
+    "synthesize from broken rows": Case(("synthesize", "broken.jsonl", "--model", "base"), "broken.jsonl:2 is not JSON: ", "one JSON object a line"),
+    "synthesize without a base": Case(("synthesize", "rows.jsonl", "--model", "./nothing"), "model.base = ./nothing: there is no such folder", "pocket"),
+    "synthesize at no address": Case(("synthesize", "rows.jsonl", "--model", "m", "--endpoint", "host"), "The model's base_url is no http or https address.", "https://host/v1"),
+    "synthesize into another kind of file": Case(("synthesize", "rows.jsonl", "--model", "base", "-o", "rows.csv"), "--output rows.csv does not end in .jsonl.", "JSON lines"),
+    "synthesize over a file": Case(("synthesize", "rows.jsonl", "--model", "base", "-o", "one.jsonl"), "one.jsonl exists already.", "--output"),
+    "review without a terminal": Case(("review", "rows.jsonl"), "Nobody can be asked: there is no terminal.", "--decisions"),
+    "review missing rows": Case(("review", "row.jsonl"), "There is no data file at row.jsonl.", "rows.jsonl"),
+    "apply no decisions": Case(("review", "rows.jsonl", "--apply", "clean.jsonl"), "There is no decision about rows.jsonl in rows.decisions.jsonl.", "onlay review rows.jsonl"),
+    "import what are no decisions": Case(("review", "rows.jsonl", "--decisions", "one.jsonl"), "one.jsonl:1 is not a decision: ", '"decision": "reject"'),
+    "findings of no audit": Case(("review", "rows.jsonl", "--only", "refusals"), "--only refusals names findings, and there is no audit.", "onlay audit rows.jsonl"),
+    "audit of missing rows": Case(("audit", "row.jsonl"), "There is no data file at row.jsonl.", "rows.jsonl"),
     "hub data set offline": Case(recipe("data.train=nobody/nothing"), "The data set nobody/nothing cannot be fetched", "local file"),
 }  # fmt: skip
 

@@ -121,7 +121,12 @@ def test_the_summary_of_a_run_tells_what_happened() -> None:
 
 
 def test_the_data_comes_with_its_findings() -> None:
-    found = Finding(code="overlong_cut", count=9, message="rows longer than 8 tokens", rows=[RowAt(file="[a].jsonl", row=1), RowAt(file="b", row=2)])
+    found = Finding(
+        code="overlong_cut",
+        count=9,
+        message="rows longer than 8 tokens",
+        rows=[RowAt(file="[a].jsonl", row=1), RowAt(file="b", row=2)],
+    )
     text = printed(view.dataset_table(dataset(findings=[found])))
     assert "rows.jsonl: format messages, template base, at most 8 tokens" in text
     assert "4 (44%)" in text

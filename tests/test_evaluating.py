@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onlay import ledger, stages
-from onlay.data.build import open_split
+from onlay.data.split import open_split
 from onlay.errors import BaseModelError, DataError, OutputError, ProofError, RecipeError, SetupError
 from onlay.recipe import Recipe, parse_recipe
 from onlay.records import Comparison, Dataset, Likelihood, Report, Run

@@ -352,6 +352,31 @@ def test_several_errors_are_counted() -> None:
             "evaluation.judge_criteria is only read where evaluation.judge_url",
         ),
         ({"evaluation": {"baselines": ["live"]}}, "release.name does not say which name's version is in use"),
+        ({"data": {"general_share": 0.1}}, "data.general_share is given, but it is only read where data.general names"),
+        ({"data": {"domain_cap": 0.2}}, "data.domain_cap is given, but it is only read where data.balance is cap"),
+        ({"data": {"domain_cap": 0.2, "balance": "equal"}}, "data.domain_cap is given, but it is only read where"),
+        ({"data": {"balance": "cap"}}, "data.balance = cap does not say how large a domain may be"),
+        ({"data": {"anonymise": "pseudonyms"}}, "data.anonymise = pseudonyms needs a key"),
+        ({"data": {"anonymise": "redact", "anonymise_key": "k"}}, "data.anonymise_key is given, but it is only read"),
+        ({"data": {"anonymise_kinds": ["email"]}}, "data.anonymise_kinds is given, but it is only read where"),
+        ({"data": {"train": ["a", "b", "a"]}}, "a is named twice as a source"),
+        ({"data": {"general": "rows.jsonl"}}, "rows.jsonl is named twice as a source"),
+        (
+            {"data": {"train": [{"file": "a", "weight": 2}], "balance": "equal"}},
+            "data.balance = equal and a weight in data.train both say how often rows train",
+        ),
+        (
+            {"evaluation": {"split_by": "prompt", "split": None}},
+            "evaluation.split_by is given, but it is only read where",
+        ),
+        (
+            {"evaluation": {"split_by": "prompt", "file": "b"}},
+            "evaluation.split_by is given, but it is only read where",
+        ),
+        (
+            {"data": {"general": "g"}, "adapter": {"method": "head"}},
+            "data.general is not read with adapter.method = head",
+        ),
     ],
 )
 def test_fields_that_another_one_would_silence_are_refused(sections: dict[str, Any], named: str) -> None:
@@ -367,6 +392,49 @@ def test_fields_that_belong_together_are_taken() -> None:
     parsed(evaluation={"baselines": ["base", "prompt", "live"], "prompt": "Be kind."}, release={"name": "boats"})
     parsed(evaluation={"judge_url": "http://h/v1", "judge_model": "j", "judge_criteria": "Short."})
     parsed(evaluation={"tasks": ["own"], "tasks_path": "mine"})
+    parsed(data={"general": "g.jsonl", "general_share": 0.1, "balance": "cap", "domain_cap": 0.3})
+    parsed(data={"anonymise": "pseudonyms", "anonymise_key": "key", "anonymise_kinds": ["email", "name"]})
+    parsed(data={"anonymise": "redact"}, evaluation={"split_by": "prompt"})
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_training_rows_come_from_one_source_or_several() -> None:
+    assert [(one.file, one.weight) for one in parsed().data.train_sources] == [("rows.jsonl", 1.0)]
+    recipe = parsed(data={"train": ["a.jsonl", {"file": "b.csv", "weight": 2}, {"file": "owner/rows"}]})
+    told = [("a.jsonl", 1.0), ("b.csv", 2.0), ("owner/rows", 1.0)]
+    assert [(one.file, one.weight) for one in recipe.data.train_sources] == told
+    assert recipe.data.train_told == "a.jsonl, b.csv, owner/rows"
+    again = parse_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert (again, again.digest) == (recipe, recipe.digest)
+
+
+def test_sources_can_be_set(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL)
+    assert read_recipe(path, ["data.train=x.jsonl"]).data.train == "x.jsonl"
+    sources = read_recipe(path, ["data.train=[x.jsonl, {file: y.jsonl, weight: 0.5}]"]).data.train_sources
+    assert [(one.file, one.weight) for one in sources] == [("x.jsonl", 1.0), ("y.jsonl", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ([], "data.train = [] is neither a source nor a list of sources."),
+        ({"file": "a"}, 'data.train = {"file": "a"} is neither a source nor a list of sources.'),
+        ([5], "data.train, source 1: 5 is not allowed."),
+        (["a", ""], 'data.train, source 2: "" is not allowed.'),
+        ([{"weight": 2}], "data.train, source 1: file is missing."),
+        ([{"file": "a", "wieght": 2}], "data.train, source 1: wieght is not a field of a source."),
+        (["a", {"file": "b", "weight": 0}], "data.train, source 2: weight = 0 is not allowed."),
+        ([{"file": "b", "weight": "2"}], "data.train, source 1: weight = 2 is not allowed."),
+        ([["a"]], 'data.train, source 1: ["a"] is not allowed.'),
+    ],
+)
+def test_a_wrong_source_is_named_by_its_place_in_the_list(train: Any, problem: str) -> None:
+    found, remedy = refused(data={"train": train})
+    assert found == problem
+    assert "weight: 2.0" in remedy
 
 
 def test_scores_that_are_no_list_are_told_how_one_is_written() -> None:
@@ -461,7 +529,7 @@ def section_reads() -> set[str]:
             continue
         reads |= set(attribute_reads(ast.parse(path.read_text(encoding="utf-8"))))
     # What the recipe itself derives counts where the derived name is read.
-    derived = {"alpha": "resolved_alpha", "learning_rate": "learning_rate"}
+    derived = {"alpha": "resolved_alpha", "learning_rate": "learning_rate", "train": "train_sources"}
     return reads | {field for field, name in derived.items() if name in reads}
 
 

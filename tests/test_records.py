@@ -11,6 +11,8 @@ from onlay.errors import OutputError
 from onlay.records import (
     RECORDS,
     AdapterVersion,
+    Audit,
+    AuditedFile,
     Checkpoint,
     Comparison,
     Dataset,
@@ -116,7 +118,12 @@ def version(**changes: Any) -> AdapterVersion:
     return AdapterVersion(**(values | changes))
 
 
-EVERY = [model_facts(), dataset(), run(), merge(), report(), version()]
+def audit() -> Audit:
+    file = AuditedFile(path="a.jsonl", digest="ab", format="alpaca", rows=3, unreadable=0, role="train")
+    return Audit(files=[file], rows=3, unreadable=0, findings=[], seconds=1.0)
+
+
+EVERY = [model_facts(), dataset(), run(), merge(), report(), version(), audit()]
 
 
 @pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)

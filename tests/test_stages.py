@@ -159,8 +159,8 @@ def test_the_second_preparation_is_read_from_the_cache(base: Path, place: Path) 
     one = onlay.prepare(small(base, "run"), report=first.append)
     two = onlay.prepare(small(base, "elsewhere", training={"learning_rate": 0.5}), report=again.append)
     assert one.dataset == two.dataset
-    assert first
-    assert again == []
+    assert {event.what for event in first} == {"reading rows", "preparing rows"}
+    assert {event.what for event in again} == {"reading rows"}
     assert {row.kind for row in ledger.Ledger().rows()} == {"model", "dataset"}
 
 
@@ -225,7 +225,7 @@ def test_public_names_are_the_stages() -> None:
 
 # -------------------------------------------------------------------------------------- every accepted field is read
 
-DERIVED = ("resolved_alpha", "learning_rate", "scale")
+DERIVED = ("resolved_alpha", "learning_rate", "scale", "train_sources")
 """Properties of the recipe whose callers read the fields they are made from."""
 
 
@@ -338,6 +338,17 @@ def test_every_field_is_read_by_a_run(
         else:
             with pytest.raises(DataError, match="field turns"):
                 onlay.prepare(values)
+    chosen = [json.dumps(row | {"topic": "ab"[i % 3 % 2]}) for i, row in enumerate(rows)]
+    (place / "chosen.jsonl").write_text("\n".join(chosen))
+    (place / "general.jsonl").write_text(json.dumps({"prompt": "Sum?", "completion": "Write to ann@site.org."}))
+    (place / "terms.txt").write_text("boat\n")
+    data = {"train": "chosen.jsonl", "general": "general.jsonl", "general_share": 0.1, "domain_field": "topic",
+            "balance": "cap", "domain_cap": 0.6, "duplicates": "drop_near", "near_threshold": 0.9, "terms": "terms.txt",
+            "anonymise": "pseudonyms", "anonymise_key": "key", "anonymise_kinds": ["email", "name"]}  # fmt: skip
+    assert "anonymised" in {one.code for one in onlay.prepare(small(base, "x", data=data)).dataset.findings}
+    names = {"anonymise": "redact", "anonymise_names": "no_such_model"}
+    with pytest.raises(SetupError, match=r"Names by a model need|no_such_model"):
+        onlay.prepare(small(base, "x", data=names, evaluation={"split": 0.2, "split_by": "prompt"}))
     with pytest.raises(BaseModelError):
         find_base(ModelSection(base="owner/base", revision="v1"), check_config=lambda config, name: None)
     classes = {"model": ["ModelSection"], "adapter": [section.__name__ for section in ADAPTERS], "data": ["DataSection"],

@@ -144,7 +144,7 @@ def _findings(dataset: Dataset) -> list[Text]:
 
 
 def rows_coloured(console: Console, prepared: Prepared, count: int) -> None:
-    from onlay.data.build import coloured
+    from onlay.data.split import coloured
 
     split = prepared.split("train")
     for index in range(min(count, len(split))):

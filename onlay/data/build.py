@@ -3,122 +3,121 @@
     <cache>/<digest16>/<split>.tokens.npy    int32, all examples one after another
                        <split>.trained.npy   bool, the same length: which tokens are targets
                        <split>.offsets.npy   int64, examples + 1: where each begins
-                       <split>.places.npy    int64: row number of each example in its source
+                       <split>.places.npy    int64: the source and row number that each example was made from
+                       sources.json          the sources' paths
                        evaluation.jsonl      the held-out rows as {place, messages, tools} or {place, text}
+                       removed.jsonl         the rows that are in no split: {file, row, reason}, of a duplicate also `kept`
                        dataset.json          the Dataset record, written last
 
-Rows stream through in chunks, so memory does not grow with the file.  The folder's name is a digest of everything the
+Rows stream through in chunks, so memory does not grow with the files.  The folder's name is a digest of everything the
 tokens depend on; a second call with the same inputs only reads the record.  It is built under another name and renamed
 when it is whole.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from onlay.data.labels import LabelledText
-from onlay.data.read import Conversation, Document, Scan, ToolCall, Turn, read_items, scan
-from onlay.data.sources import Row
+from onlay.data.material import Material, row_section
+from onlay.data.read import Conversation, Document, parse
+from onlay.data.select import REASONS, SELECTION_NOTES, Selection
+from onlay.data.sources import Row, read_rows
+from onlay.data.split import SOURCES_FILE, canonical
 from onlay.data.template import NOTES, ChatTemplate, Encoded
+from onlay.data.writer import Counts, RemovedRows, SplitWriter
 from onlay.errors import DataError, OutputError, RecipeError
 from onlay.recipe import Recipe, digest_of
-from onlay.records import Dataset, Finding, RowAt, SplitFacts
+from onlay.records import Dataset, Finding, SplitFacts
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    from onlay.data.cleaning import Cleaner
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the files below would differ for the same inputs."""
 CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 1 << 19
 """Rows are tokenized together up to whichever comes first; a token takes about 200 bytes on the way."""
 MOST_TOKENS = 4096
 """Default of data.max_tokens, where the base's context is longer."""
-SHOWN_PLACES = 5
-BUILD_NOTES = {
+ENCODING_NOTES = {
     "overlong_dropped": "rows longer than {max_tokens} tokens; dropped (data.overlong: drop)",
     "overlong_cut": "rows longer than {max_tokens} tokens; their end was cut off (data.overlong: cut)",
     "nothing_trained": "rows in which no token trains; dropped",
     "documents_split": "documents longer than {max_tokens} tokens; split into pieces, no token lost",
+    "anonymised": "rows in which personal data was replaced (data.anonymise: {anonymise})",
 }
-_ARRAYS = {"tokens": np.dtype("<i4"), "trained": np.dtype("?"), "offsets": np.dtype("<i8"), "places": np.dtype("<i8")}
+BUILD_NOTES = SELECTION_NOTES | ENCODING_NOTES
 
 Progress = Callable[[int, int], None]
+Item = Conversation | Document
 
 
 # ------------------------------------------------------------------------------------------------------------ build
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """How chosen rows become token sequences."""
+
+    template: ChatTemplate | LabelledText
+    max_tokens: int
+    overlong: str
+    cleaner: Cleaner | None = None
+
+
 def prepare_dataset(
     recipe: Recipe,
-    scanned: Scan,
+    material: Material,
+    selection: Selection,
     template: ChatTemplate | LabelledText,
     *,
     tokenizer_digest: str,
     context_tokens: int | None,
     cache_folder: Path,
-    evaluation_scan: Scan | None = None,
+    cleaner: Cleaner | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The Dataset of a recipe: from the cache where it was built before, else built.
 
-    `scanned` is `scan(recipe.data.train, recipe.data, recipe.data.max_rows)`; `evaluation_scan` that of
-    `evaluation.file`, made here where it is not given.  `progress(done, total)` counts rows.
+    `selection` is `select_rows(material, recipe)`.  `progress(done, total)` counts rows.
     Raises DataError and RecipeError where nothing could be learned or measured from the result.
     """
-    max_tokens = resolve_max_tokens(recipe, context_tokens)
-    file = recipe.evaluation.file
-    if file is not None and evaluation_scan is None:
-        evaluation_scan = scan(file, recipe.data)
-    sources = {"data": scanned.digest, "template": template.digest, "tokenizer": tokenizer_digest}
-    if evaluation_scan is not None:
-        sources["evaluation_data"] = evaluation_scan.digest
-    key = digest_of(
-        {
-            "version": FORMAT_VERSION,
-            "sources": sources,
-            "data": recipe.data.model_dump(mode="json", exclude={"licence"}),
-            "evaluation": [recipe.evaluation.split, file],
-            "seed": recipe.training.seed,
-            "max_tokens": max_tokens,
-            "loss_on": template.loss_on,
-        }
-    )
-    folder = Path(cache_folder).absolute() / key[:16]
+    encoding = Encoding(
+        template=template, max_tokens=resolve_max_tokens(recipe, context_tokens), overlong=recipe.data.overlong,
+        cleaner=cleaner,
+    )  # fmt: skip
+    sources = source_digests(material, selection) | {"template": template.digest, "tokenizer": tokenizer_digest}
+    folder = Path(cache_folder).absolute() / _key(recipe, material, encoding, sources)[:16]
     if (folder / "dataset.json").is_file():
         return Dataset.load(folder).model_copy(update={"path": str(folder)})
-    held_out = hold_out(recipe, scanned, evaluation_scan)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        splits, findings = _write(
-            unfinished, recipe, scanned, evaluation_scan, held_out, template, max_tokens, progress
-        )
+        splits, findings = _write(unfinished, material, selection, recipe, encoding, progress)
         dataset = Dataset(
             sources=sources,
             path=str(folder),
-            source=scanned.source,
-            source_digest=scanned.digest,
-            format=scanned.format,
+            source=material.train_told,
+            source_digest=sources["data"],
+            format=" + ".join(dict.fromkeys(file.format for file in material.files_for("train"))),
             template=template.name,
             template_digest=template.digest,
             tokenizer_digest=tokenizer_digest,
-            max_tokens=max_tokens,
+            max_tokens=encoding.max_tokens,
             stop_token_ids=template.stop_token_ids,
             labels=template.labels if isinstance(template, LabelledText) else [],
             splits=splits,
-            findings=findings,
+            findings=[*material.findings, *template.findings, *selection.findings, *findings],
         )
         dataset.save(unfinished)
         _rename_whole(unfinished, folder)
@@ -130,6 +129,33 @@ def prepare_dataset(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return dataset
+
+
+def source_digests(material: Material, selection: Selection) -> dict[str, str]:
+    """Of everything that decides which rows are used: `data` (of several sources, of all together), `selection` and others."""
+    train = [file.digest for file in material.files_for("train")]
+    others = {"general": material.files_for("general"), "evaluation_data": material.files_for("evaluation")}
+    named = {name: file.digest for name, files in others.items() for file in files}
+    return {"data": train[0] if len(train) == 1 else digest_of(train), **named, "selection": selection.digest}
+
+
+def _key(recipe: Recipe, material: Material, encoding: Encoding, sources: dict[str, str]) -> str:
+    """Digest of everything that the folder's files depend on; of the key of pseudonyms only what names it."""
+    data = recipe.data.model_dump(mode="json", exclude={"licence", "terms", "anonymise_key"})
+    return digest_of(
+        {
+            "version": FORMAT_VERSION,
+            "sources": sources,
+            "data": data,
+            "cleaner": None if encoding.cleaner is None else encoding.cleaner.digest,
+            "evaluation": [recipe.evaluation.split, recipe.evaluation.split_by, recipe.evaluation.file],
+            "seed": recipe.training.seed,
+            "max_tokens": encoding.max_tokens,
+            "loss_on": encoding.template.loss_on,
+            # The audit's lists of terms and its thresholds show in what it found.
+            "findings": [finding.model_dump(mode="json") for finding in material.findings],
+        }
+    )
 
 
 def resolve_max_tokens(recipe: Recipe, context_tokens: int | None) -> int:
@@ -154,270 +180,176 @@ def _rename_whole(unfinished: Path, folder: Path) -> None:
             unfinished.rename(folder)
 
 
-def hold_out(recipe: Recipe, scanned: Scan, evaluation_scan: Scan | None) -> np.ndarray | None:
-    """Which training rows are held out (bool, one a row); None where none are.  Raises DataError."""
-    if evaluation_scan is not None:
-        _refuse_shared_prompts(recipe, scanned, evaluation_scan)
-        return None
-    if recipe.evaluation.split is None:
-        return None
-    held_out = choose_held_out(scanned.prompt_keys, recipe.evaluation.split, recipe.training.seed)
-    if not held_out.any():
-        what = f"{scanned.source} has {scanned.rows} row{'s' if scanned.rows > 1 else ''}"
-        same = " with one prompt" if scanned.rows > 1 else ""
-        raise DataError(
-            f"evaluation.split = {recipe.evaluation.split}: {what}{same}, so no rows are left for evaluation.",
-            "Add rows, name held-out rows with evaluation.file, or set evaluation.split: null.",
-        )
-    return held_out
+# ------------------------------------------------------------------------------------------------------------ write
 
 
-def choose_held_out(prompt_keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Bool for each row: held out or not.  Equal prompts stay together; at least one row on each side if possible.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chosen:
+    """A row that trains or is held out; `index` counts through all rows of all sources."""
 
-    Prompts are ordered by a hash of key and seed, so that a row's side does not depend on the rows' order; they are
-    taken while they fit, which gives `share` of the rows exactly, up to the size of the last group.
-    """
-    unique, group, counts = np.unique(prompt_keys, return_inverse=True, return_counts=True)
-    target = max(1, round(share * len(prompt_keys)))
-    chosen = np.zeros(len(unique), dtype=bool)
-    if len(unique) < 2:
-        return chosen[group]
-    target = min(target, len(prompt_keys) - 1)
-    order = np.argsort(_mixed(unique, seed), kind="stable")
-    taken = 0
-    for index in order.tolist():
-        if taken + counts[index] <= target:
-            chosen[index] = True
-            taken += int(counts[index])
-            if taken == target:
-                break
-    if not taken:
-        chosen[order[np.argmin(counts[order])]] = True
-    return chosen[group]
+    index: int
+    row: Row
+    item: Item
 
 
-def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 of key and seed: the same on every machine and numpy."""
-    with np.errstate(over="ignore"):
-        z = keys.astype(np.uint64) ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15))
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)))
-
-
-def _refuse_shared_prompts(recipe: Recipe, scanned: Scan, evaluation_scan: Scan) -> None:
-    shared = np.isin(evaluation_scan.prompt_keys, scanned.prompt_keys)
-    count = int(shared.sum())
-    if not count:
-        return
-    wanted = set(np.flatnonzero(shared)[:SHOWN_PLACES].tolist())
-    rows = enumerate(read_items(evaluation_scan.source, evaluation_scan.format, recipe.data))
-    places = [
-        row.place for i, (row, _) in itertools.takewhile(lambda found: found[0] <= max(wanted), rows) if i in wanted
-    ]
-    more = f" and {count - len(places)} more" if count > len(places) else ""
-    raise DataError(
-        f"{count} of {evaluation_scan.rows} evaluation rows have a prompt that is also in {scanned.source}: "
-        f"{', '.join(places)}{more}.",
-        "Delete them from one of the two files: an answer seen in training measures nothing.",
-    )
-
-
-@dataclass
-class _Findings:
-    """Counts by code, with the first few places."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, list[RowAt]] = field(default_factory=dict)
-
-    def add(self, code: str, row: Row, count: int = 1) -> None:
-        self.counts[code] = self.counts.get(code, 0) + count
-        rows = self.rows.setdefault(code, [])
-        at = RowAt(file=row.file, row=row.number)
-        if len(rows) < SHOWN_PLACES and at not in rows:
-            rows.append(at)
-
-    def listed(self, max_tokens: int) -> list[Finding]:
-        messages = NOTES | BUILD_NOTES
-        return [
-            Finding(code=code, count=count, message=messages[code].format(max_tokens=max_tokens), rows=self.rows[code])
-            for code, count in sorted(self.counts.items())
-        ]
-
-
-class _SplitWriter:
-    """Appends examples to a split's files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.files: dict[str, BinaryIO] = {}
-        self.written = dict.fromkeys(_ARRAYS, 0)
-        self.rows = self.trained_tokens = self.longest = 0
-        self.has_end = False
-
-    def __enter__(self) -> Self:
-        for array in _ARRAYS:
-            self.files[array] = (self.folder / f"{self.name}.{array}.npy").open("w+b")
-            self._header(array)
-        self._append("offsets", np.zeros(1, dtype=np.int64))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for array, out in self.files.items():
-            if kind is None:
-                begun = out.tell()
-                out.seek(0)
-                self._header(array)
-                out.seek(begun)
-            out.close()
-
-    def _header(self, array: str) -> None:
-        # numpy pads the header so that the length can grow in place.
-        described = {
-            "descr": np.lib.format.dtype_to_descr(_ARRAYS[array]),
-            "fortran_order": False,
-            "shape": (self.written[array],),
-        }
-        np.lib.format.write_array_header_1_0(self.files[array], described)
-
-    def _append(self, array: str, values: np.ndarray) -> None:
-        self.files[array].write(np.ascontiguousarray(values, dtype=_ARRAYS[array]).tobytes())
-        self.written[array] += len(values)
-
-    def add(self, ids: Sequence[int], trained: Sequence[bool], place: int) -> None:
-        self._append("tokens", np.array(ids, dtype=np.int32))
-        self._append("trained", np.array(trained, dtype=bool))
-        self._append("offsets", np.array([self.written["tokens"]], dtype=np.int64))
-        self._append("places", np.array([place], dtype=np.int64))
-        self.trained_tokens += sum(trained)
-        self.longest = max(self.longest, len(ids))
-
-    @property
-    def facts(self) -> SplitFacts:
-        return SplitFacts(
-            rows=self.rows,
-            examples=self.written["places"],
-            tokens=self.written["tokens"],
-            trained_tokens=self.trained_tokens,
-            longest_tokens=self.longest,
-        )
+@dataclass(frozen=True, kw_only=True)
+class _Outputs:
+    train: SplitWriter
+    evaluation: SplitWriter
+    evaluation_rows: TextIO
+    removed: RemovedRows
+    counts: Counts
 
 
 def _write(
     folder: Path,
+    material: Material,
+    selection: Selection,
     recipe: Recipe,
-    scanned: Scan,
-    evaluation_scan: Scan | None,
-    held_out: np.ndarray | None,
-    template: ChatTemplate | LabelledText,
-    max_tokens: int,
+    encoding: Encoding,
     progress: Progress | None,
 ) -> tuple[dict[str, SplitFacts], list[Finding]]:
-    """Streams the rows of both sources into the split files."""
-    total = scanned.rows + (evaluation_scan.rows if evaluation_scan else 0)
-    found = _Findings()
-    evaluated = held_out is not None or evaluation_scan is not None
-    done = 0
+    """Streams the rows of all sources into the split files."""
+    (folder / SOURCES_FILE).write_text(json.dumps([source.path for source in material.sources]), encoding="utf-8")
+    counts = Counts()
     with (
-        _SplitWriter(folder, "train") as train,
-        _SplitWriter(folder, "evaluation") as evaluation,
-        (folder / "evaluation.jsonl").open("w", encoding="utf-8") as rows_out,
+        SplitWriter(folder, "train") as train,
+        SplitWriter(folder, "evaluation") as evaluation,
+        (folder / "evaluation.jsonl").open("w", encoding="utf-8") as evaluation_rows,
+        RemovedRows(folder / "removed.jsonl") as removed,
     ):
-        for scanned_source in (scanned, evaluation_scan):
-            if scanned_source is None:
-                continue
-            limit = recipe.data.max_rows if scanned_source is scanned else None
-            items = read_items(scanned_source.source, scanned_source.format, recipe.data, limit=limit)
-            at = 0
-            for chunk in _chunks(items):
-                if at + len(chunk) > scanned_source.rows:
-                    break
-                encoded = template.encode_batch([item for _, item in chunk])
-                for (row, item), example in zip(chunk, encoded, strict=True):
-                    to_evaluation = scanned_source is not scanned or (held_out is not None and bool(held_out[at]))
-                    writer = evaluation if to_evaluation else train
-                    kept = _add_example(writer, row, example, recipe, template, max_tokens, found)
-                    if to_evaluation and kept:
-                        rows_out.write(json.dumps(_canonical(item), ensure_ascii=False) + "\n")
-                    at += 1
-                done += len(chunk)
+        out = _Outputs(
+            train=train, evaluation=evaluation, evaluation_rows=evaluation_rows, removed=removed, counts=counts
+        )
+        done = 0
+        for number in range(len(material.sources)):
+            for chunk, read in _chunks(_chosen_rows(material, selection, recipe, number, out)):
+                _encode(chunk, material, selection, encoding, out)
+                done += read
                 if progress is not None:
-                    progress(done, total)
-            if at != scanned_source.rows:
-                raise DataError(
-                    f"{scanned_source.source} had {scanned_source.rows} rows when it was checked; now it has not.",
-                    "Run again when nothing writes to the file.",
-                )
-    _refuse_useless(recipe, scanned, train, evaluation if evaluated else None, template, found, max_tokens)
+                    progress(done, len(material.table))
+    evaluated = bool(selection.held_out.any())
+    _refuse_useless(material, train, evaluation if evaluated else None, encoding, counts)
     splits = {"train": train.facts}
     if evaluated:
         splits["evaluation"] = evaluation.facts
     else:
         for path in folder.glob("evaluation.*"):
             path.unlink()
-    return splits, [*template.findings, *found.listed(max_tokens)]
+    told = {"max_tokens": encoding.max_tokens, "anonymise": recipe.data.anonymise}
+    return splits, counts.listed(NOTES | BUILD_NOTES, told=told)
 
 
-def _chunks(
-    items: Iterator[tuple[Row, Conversation | Document]],
-) -> Iterator[list[tuple[Row, Conversation | Document]]]:
-    """Rows to tokenize together: few enough that memory stays bounded, enough that the tokenizer runs in parallel."""
-    chunk: list[tuple[Row, Conversation | Document]] = []
-    characters = 0
-    for row, item in items:
-        chunk.append((row, item))
-        characters += len(item.text) if isinstance(item, Document) else sum(len(turn.content) for turn in item.turns)
-        if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def _chosen_rows(
+    material: Material, selection: Selection, recipe: Recipe, number: int, out: _Outputs
+) -> Iterator[_Chosen | None]:
+    """The rows of a source in order, None for one that is left out, which is listed.  Raises DataError if it changed."""
+    source, file, section = material.sources[number], material.files[number], row_section(recipe)
+    rows = np.flatnonzero(material.table.source == number)
+    numbers, first = material.table.number[rows], int(rows[0])
+    read = 0
+    for read, row in enumerate(read_rows(source.path, section, limit=source.limit), 1):
+        if read > len(numbers) or row.number != numbers[read - 1]:
+            break
+        index = first + read - 1
+        why = REASONS[selection.reason[index]]
+        if not why:
+            yield _Chosen(index=index, row=row, item=parse(row, file.format, section))
+            continue
+        kept = int(selection.kept[index])
+        if why != "general_not_drawn":
+            out.removed.add(row, why, kept=material.at(kept) if kept != index else None)
+        yield None
+    else:
+        if read == len(numbers):
+            return
+    raise DataError(
+        f"{source.path} had {len(numbers)} rows when it was checked; now it has not.",
+        "Run again when nothing writes to the file.",
+    )
 
 
-def _add_example(
-    writer: _SplitWriter,
-    row: Row,
-    example: Encoded,
-    recipe: Recipe,
-    template: ChatTemplate | LabelledText,
-    max_tokens: int,
-    found: _Findings,
-) -> bool:
-    """Adds a row's examples under the length policy; whether any was added."""
-    writer.rows += 1
+def _chunks(rows: Iterator[_Chosen | None]) -> Iterator[tuple[list[_Chosen], int]]:
+    """Rows to tokenize together, and how many were read for them: few enough that memory stays bounded, enough that the
+    tokenizer runs in parallel."""
+    chunk: list[_Chosen] = []
+    read = characters = 0
+    for chosen in rows:
+        read += 1
+        if chosen is not None:
+            item = chosen.item
+            chunk.append(chosen)
+            characters += (
+                len(item.text) if isinstance(item, Document) else sum(len(turn.content) for turn in item.turns)
+            )
+        if read >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk, read
+            chunk, read, characters = [], 0, 0
+    if read:
+        yield chunk, read
+
+
+def _encode(chunk: list[_Chosen], material: Material, selection: Selection, encoding: Encoding, out: _Outputs) -> None:
+    """Tokenizes rows and adds them to their splits, under the length policy."""
+    items = [_cleaned(one, encoding.cleaner, out.counts) for one in chunk]
+    if encoding.cleaner is not None:
+        encoding.cleaner.store()
+    for one, item, example in zip(chunk, items, encoding.template.encode_batch(items), strict=True):
+        held_out = bool(selection.held_out[one.index])
+        writer = out.evaluation if held_out else out.train
+        writer.given += 1
+        pieces, dropped = _pieces(one.row, example, encoding, out.counts)
+        if dropped is not None:
+            out.removed.add(one.row, dropped)
+            continue
+        writer.rows += 1
+        for ids, trained in pieces * (1 if held_out else int(selection.times[one.index])):
+            writer.add(ids, trained, source=int(material.table.source[one.index]), number=one.row.number)
+            if not writer.has_end:
+                stops = encoding.template.stop_token_ids
+                writer.has_end = any(flag and token in stops for token, flag in zip(ids, trained, strict=True))
+        if held_out:
+            out.evaluation_rows.write(json.dumps(canonical(item), ensure_ascii=False) + "\n")
+
+
+def _cleaned(one: _Chosen, cleaner: Cleaner | None, counts: Counts) -> Item:
+    if cleaner is None:
+        return one.item
+    cleaned = cleaner.clean(one.item)
+    if cleaned is not one.item:
+        counts.add("anonymised", one.row)
+    return cleaned
+
+
+def _pieces(
+    row: Row, example: Encoded, encoding: Encoding, counts: Counts
+) -> tuple[list[tuple[list[int], list[bool]]], str | None]:
+    """A row's token sequences with their trained flags; or none, and why it is dropped."""
+    max_tokens = encoding.max_tokens
     for code, count in example.notes.items():
-        found.add(code, row, count)
+        counts.add(code, row, count)
     ids, trained = example.ids, example.trained
     if example.is_document:
         pieces = split_document(ids, max_tokens)
         if len(pieces) > 1:
-            found.add("documents_split", row)
-        for piece in pieces:
-            writer.add(piece, [False] + [True] * (len(piece) - 1), row.number)
-        return True
+            counts.add("documents_split", row)
+        return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces], None
     if len(ids) > max_tokens:
-        if recipe.data.overlong == "error":
+        if encoding.overlong == "error":
             raise DataError(
                 f"{row.place}: it has {len(ids)} tokens, more than data.max_tokens = {max_tokens}.",
                 "Shorten the row, raise data.max_tokens, or set data.overlong to drop or cut.",
             )
-        found.add(f"overlong_{'dropped' if recipe.data.overlong == 'drop' else 'cut'}", row)
-        if recipe.data.overlong == "drop":
-            return False
+        counts.add(f"overlong_{'dropped' if encoding.overlong == 'drop' else 'cut'}", row)
+        if encoding.overlong == "drop":
+            return [], "overlong_dropped"
         kept = max_tokens - example.kept_at_end
         end = len(ids) - example.kept_at_end
         ids, trained = ids[:kept] + ids[end:], trained[:kept] + trained[end:]
     if not any(trained):
-        found.add("nothing_trained", row)
-        return False
-    writer.add(ids, trained, row.number)
-    if not writer.has_end:
-        stops = template.stop_token_ids
-        writer.has_end = any(flag and token in stops for token, flag in zip(ids, trained, strict=True))
-    return True
+        counts.add("nothing_trained", row)
+        return [], "nothing_trained"
+    return [(ids, trained)], None
 
 
 def split_document(ids: list[int], max_tokens: int) -> list[list[int]]:
@@ -429,153 +361,23 @@ def split_document(ids: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def _refuse_useless(
-    recipe: Recipe,
-    scanned: Scan,
-    train: _SplitWriter,
-    evaluation: _SplitWriter | None,
-    template: ChatTemplate | LabelledText,
-    found: _Findings,
-    max_tokens: int,
+    material: Material, train: SplitWriter, evaluation: SplitWriter | None, encoding: Encoding, counts: Counts
 ) -> None:
-    dropped = ", ".join(f"{count} {code}" for code, count in found.counts.items()) or "none dropped"
+    told, max_tokens = material.train_told, encoding.max_tokens
     if not train.trained_tokens:
         raise DataError(
-            f"{scanned.source}: no token would be trained ({train.rows} rows; {dropped}; max_tokens {max_tokens}).",
+            f"{told}: no token would be trained ({train.given} rows; {counts.words}; max_tokens {max_tokens}).",
             "Raise data.max_tokens, set data.overlong: cut, or check the rows' weights and the template.",
         )
     # Text goes on, and a label is read off, not written: neither has an end to learn.
-    if scanned.format != "text" and not isinstance(template, LabelledText) and not train.has_end:
+    has_answers = any(file.format != "text" for file in material.files_for("train"))
+    if has_answers and not isinstance(encoding.template, LabelledText) and not train.has_end:
         raise DataError(
-            f"{scanned.source}: no end token would be trained, so the model would not learn to stop ({dropped}).",
+            f"{told}: no end token would be trained, so the model would not learn to stop ({counts.words}).",
             "Raise data.max_tokens, set data.overlong: drop, or choose a data.template that ends its answers.",
         )
     if evaluation is not None and not evaluation.trained_tokens:
         raise DataError(
-            f"No evaluation rows are left of {evaluation.rows} ({dropped}; max_tokens {max_tokens}).",
+            f"No evaluation rows are left of {evaluation.given} ({counts.words}; max_tokens {max_tokens}).",
             "Raise data.max_tokens, hold out more with evaluation.split, or set evaluation.split: null.",
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def _canonical(item: Conversation | Document) -> dict[str, Any]:
-    if isinstance(item, Document):
-        return {"place": item.place, "text": item.text}
-    return {"place": item.place, "messages": [message_of(turn) for turn in item.turns], "tools": list(item.tools)}
-
-
-def message_of(turn: Turn) -> dict[str, Any]:
-    """A turn as a message of the messages format, which reads back as the same turn."""
-    calls = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in turn.tool_calls]
-    message = {
-        "role": turn.role,
-        "content": turn.content,
-        "reasoning": turn.reasoning,
-        "tool_calls": calls or None,
-        "name": turn.name,
-        "tool_call_id": turn.tool_call_id,
-        "weight": 0 if turn.role == "assistant" and not turn.trained else None,
-    }
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _from_canonical(values: dict[str, Any]) -> Conversation | Document:
-    if "text" in values:
-        return Document(values["text"], values["place"])
-    turns = tuple(
-        Turn(
-            message["role"],
-            message["content"],
-            tuple(ToolCall(call["name"], call["arguments"], call["id"]) for call in message.get("tool_calls", ())),
-            message.get("reasoning"),
-            message["role"] == "assistant" and message.get("weight", 1) != 0,
-            message.get("name"),
-            message.get("tool_call_id"),
-        )
-        for message in values["messages"]
-    )
-    return Conversation(turns, tuple(values["tools"]), values["place"])
-
-
-# ------------------------------------------------------------------------------------------------------------- open
-
-
-class Split:
-    """One split of a Dataset, memory-mapped."""
-
-    def __init__(self, folder: Path, name: str, source: str) -> None:
-        self.folder, self.name, self.source = folder, name, source
-        self._tokens, self._trained, self._offsets, self._places = (self._load(array) for array in _ARRAYS)
-        self.lengths = np.diff(self._offsets).astype(np.int32)
-        """Tokens of each example."""
-        sums = (
-            np.concatenate([[0], np.cumsum(self._trained, dtype=np.int64)])
-            if len(self._trained)
-            else np.zeros(1, dtype=np.int64)
-        )
-        self.trained_counts = np.diff(sums[self._offsets]).astype(np.int32)
-        """Trained tokens of each example."""
-
-    def _load(self, array: str) -> np.ndarray:
-        path = self.folder / f"{self.name}.{array}.npy"
-        try:
-            loaded: np.ndarray = np.load(path, mmap_mode="r")
-        except FileNotFoundError:
-            raise OutputError(
-                f"{path} does not exist.", "Run `onlay prepare` again; the cache folder was cleared."
-            ) from None
-        except ValueError as error:
-            if path.stat().st_size > 128:
-                raise OutputError(
-                    f"{path} cannot be read: {error}.", "Delete its folder and run `onlay prepare` again."
-                ) from None
-            loaded = np.load(path)  # An empty file cannot be mapped.
-        return loaded
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32) and trained flags (bool) of one example; views of the map."""
-        begin, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        return self._tokens[begin:end], self._trained[begin:end]
-
-    def place(self, index: int) -> str:
-        """`file:row` that the example was made from."""
-        return f"{self.source}:{int(self._places[index])}"
-
-    def rows(self) -> Iterator[Conversation | Document]:
-        """The conversations or documents of the evaluation split, in order; a document may be several examples."""
-        path = self.folder / f"{self.name}.jsonl"
-        if not path.is_file():
-            raise OutputError(f"{path} does not exist.", "Rows are kept for the evaluation split only.")
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield _from_canonical(json.loads(line))
-
-
-def open_split(dataset: Dataset, name: str) -> Split:
-    """A split of a prepared Dataset.  Raises OutputError where it is not there."""
-    if name not in dataset.splits:
-        raise OutputError(f"The data set {dataset.path} has no split {name}.", f"It has: {', '.join(dataset.splits)}.")
-    folder = Path(dataset.path)
-    rows = folder / f"{name}.jsonl"
-    if not rows.is_file():
-        return Split(folder, name, dataset.source)
-    with rows.open(encoding="utf-8") as lines:  # Held-out rows may come from a file of their own.
-        return Split(folder, name, json.loads(next(lines))["place"].rsplit(":", 1)[0])
-
-
-def coloured(
-    template: ChatTemplate | LabelledText, ids: Sequence[int] | np.ndarray, trained: Sequence[bool] | np.ndarray
-) -> Text:
-    """The text of an example as rich Text, trained tokens coloured; nothing in the data is read as markup."""
-    from rich.text import Text
-
-    text = Text(no_wrap=False)
-    pairs = zip((int(token) for token in ids), (bool(flag) for flag in trained), strict=True)
-    for flag, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
-        shown = template.shown([token for token, _ in run], trained=flag)
-        text.append(shown.replace("\x1b", "␛"), style="bold green" if flag else "dim")
-    return text

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from onlay.data.read import Conversation, Document, Scan, read_items
+from onlay.data.material import Material, row_section
+from onlay.data.read import Conversation, Document, read_items
+from onlay.data.select import Selection
 from onlay.data.template import Encoded
 from onlay.errors import DataError
 from onlay.recipe import Recipe, digest_of
@@ -32,28 +32,22 @@ def text_and_label(item: Conversation | Document) -> tuple[str, str]:
     return text, item.turns[-1].content.strip()
 
 
-def find_labels(
-    recipe: Recipe,
-    scanned: Scan,
-    held_out: np.ndarray | None,
-    evaluation_scan: Scan | None,
-    *,
-    vocabulary_size: int,
-) -> list[str]:
+def find_labels(recipe: Recipe, material: Material, selection: Selection, *, vocabulary_size: int) -> list[str]:
     """The different labels of the training rows, sorted.
 
-    `held_out` says which rows of `scanned` do not train (None: all do).  Raises DataError for fewer than two labels, for
-    more than the base has tokens, and for a held-out row whose label no training row has.
+    Raises DataError for fewer than two labels, for more than the base has tokens, and for a held-out row whose label no
+    training row has.
     """
     first: dict[str, str] = {}
     unseen: dict[str, str] = {}
-    for source in (scanned, evaluation_scan):
-        if source is None:
-            continue
-        limit = recipe.data.max_rows if source is scanned else None
-        for index, (row, item) in enumerate(read_items(source.source, source.format, recipe.data, limit=limit)):
-            trains = source is scanned and not (held_out is not None and bool(held_out[index]))
-            (first if trains else unseen).setdefault(text_and_label(item)[1], row.place)
+    index = 0
+    for source, file in zip(material.sources, material.files, strict=True):
+        for row, item in read_items(source.path, file.format, row_section(recipe), limit=source.limit):
+            if selection.times[index]:
+                first.setdefault(text_and_label(item)[1], row.place)
+            elif selection.held_out[index]:
+                unseen.setdefault(text_and_label(item)[1], row.place)
+            index += 1
     for label, place in unseen.items():
         if label not in first:
             raise DataError(
@@ -68,7 +62,7 @@ def find_labels(
         )
     if len(first) > vocabulary_size:
         raise DataError(
-            f"{scanned.source} has {len(first):,} different labels; at most {vocabulary_size:,} can be told apart.",
+            f"{material.train_told} has {len(first):,} different labels; at most {vocabulary_size:,} can be told apart.",
             "Are they answers? Then train an adapter (adapter.method: lora). Else name another data.answer_field.",
         )
     return sorted(first)

@@ -15,19 +15,26 @@ from typing import Any
 import numpy as np
 
 from onlay.data.sources import Row, read_rows, source_digest, type_name
+from onlay.data.turns import (
+    NEEDS,
+    Conversation,
+    Document,
+    ToolCall,
+    Turn,
+    parse_turn,
+    tools_of,
+    whole,
+    wrong,
+)  # fmt: skip
 from onlay.errors import DataError
 from onlay.recipe import DataSection
 
+__all__ = [
+    "ALPACA_INPUTS", "DETECTION_ROWS", "Conversation", "Document", "Scan", "ToolCall", "Turn", "detect_format", "parse",
+    "prompt_key", "read_items", "scan",
+]  # fmt: skip
+
 DETECTION_ROWS = 20
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "function_call": "assistant", "tool_call": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
-    "tool_response": "tool", "function_result": "tool",
-}  # fmt: skip
-CALL_ROLES = ("function_call", "tool_call")
 ALPACA_INPUTS, ALPACA_OUTPUTS = ("input", "context"), ("output", "response")
 PAIRS = {
     "prompt": ("completion", "response", "answer", "output"),
@@ -36,50 +43,9 @@ PAIRS = {
     "instruction": ("completion", "answer"),
     "input": ("output", "response", "answer", "completion"),
 }
-NEEDS = {
-    "alpaca": "alpaca rows need `instruction` and `output`, and may have `input`",
-    "prompt_completion": "prompt_completion rows need a prompt and an answer, such as `prompt` + `completion`",
-    "messages": "messages rows need `messages`: a list of {role, content}, with at least one assistant turn",
-    "sharegpt": "sharegpt rows need `conversations`: a list of {from, value}, with at least one gpt turn",
-    "text": "text rows need `text`",
-    "classification": "classification rows need `text` and `label` (or `label_text`)",
-}
 FIELDS_REMEDY = (
     "Name your columns with data.prompt_field and data.answer_field, data.messages_field, or data.text_field."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    name: str
-    arguments: dict[str, Any]
-    id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    role: str
-    """system, user, assistant or tool."""
-    content: str
-    tool_calls: tuple[ToolCall, ...] = ()
-    reasoning: str | None = None
-    trained: bool = True
-    """False where the data gives an assistant turn weight 0."""
-    name: str | None = None
-    tool_call_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    turns: tuple[Turn, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    place: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    text: str
-    place: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +80,7 @@ def detect_format(first_rows: list[Row], section: DataSection) -> str:
         if found:
             return found
     row = first_rows[0]
-    columns = ", ".join(list(row.values)[:20]) or "none"
+    columns = _columns(row, 20) or "none"
     raise DataError(
         f"{row.place}: no known format has these columns: {columns}. Known: instruction + output; prompt + completion; "
         "question + answer; messages; conversations; text; text + label.",
@@ -141,7 +107,8 @@ def _format_of(values: dict[str, Any]) -> str | None:
 
 
 def parse(row: Row, format: str, section: DataSection) -> Conversation | Document:
-    """The row as a conversation or document.  Raises DataError that names file, row and field."""
+    """The row as a conversation or document.  Raises DataError that names file, row and field, and has a code."""
+    _refuse_other_format(row, format, section)
     if format == "text":
         return Document(_text(row, section.text_field or "text", format), row.place)
     if format in ("messages", "sharegpt"):
@@ -180,7 +147,7 @@ def _parse_pair(row: Row, section: DataSection) -> Conversation:
     asked, answered = row.values.get(prompt), row.values.get(answer)
     if isinstance(asked, list) or isinstance(answered, list):
         items = _turn_list(row, prompt, "user", format) + _turn_list(row, answer, "assistant", format)
-        turns = tuple(_parse_turn(row, field, item, format) for field, item in items)
+        turns = tuple(parse_turn(row, field, item, format) for field, item in items)
         return _checked(row, section, turns, format, answer)
     return _conversation(row, section, _text(row, prompt, format), _text(row, answer, format))
 
@@ -194,7 +161,7 @@ def _turn_list(row: Row, field: str, role: str, format: str) -> list[tuple[str, 
 
 def _conversation(row: Row, section: DataSection, prompt: str, answer: str) -> Conversation:
     return Conversation(
-        _with_system(row, section, (Turn("user", prompt), Turn("assistant", answer))), _tools(row), row.place
+        _with_system(row, section, (Turn("user", prompt), Turn("assistant", answer))), tools_of(row), row.place
     )
 
 
@@ -206,8 +173,10 @@ def _with_system(row: Row, section: DataSection, turns: tuple[Turn, ...]) -> tup
         raise DataError(
             f"{row.place}, field system: it is {type_name(system)}, not text.",
             "The system message is text; leave it out where there is none.",
+            code="wrong_type",
+            row=row.number,
         )
-    system = system if system and system.strip() else section.system
+    system = whole(row, "system", system) if system and system.strip() else section.system
     return (Turn("system", system), *turns) if system else turns
 
 
@@ -222,42 +191,63 @@ def _text(row: Row, field: str, format: str, *, blank: bool = False) -> str:
     value = row.values.get(field)
     if isinstance(value, str):
         if value.strip() or blank:
-            return _whole(row, field, value)
+            return whole(row, field, value)
         raise DataError(
             f"{row.place}, field {field}: it is empty.",
             f"{NEEDS[format]}, none of them empty. Fill it, or delete the row.",
+            code="empty_field",
+            row=row.number,
         )
     if value is None:
         raise _missing(row, field, format)
-    raise DataError(
-        f"{row.place}, field {field}: it is {type_name(value)}, not text.", f"{NEEDS[format]}, each of them text."
-    )
+    raise wrong(row, f"{field}: it is {type_name(value)}, not text", f"{NEEDS[format]}, each of them text.")
 
 
-def _whole(row: Row, field: str, text: str) -> str:
-    """The text, if it can be written as UTF-8: JSON may hold half of an escaped pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{row.place}, field {field}: character {error.start + 1} is half of a surrogate pair, not text.",
-            "Write the character whole, or delete it.",
-        ) from None
-    return text
+def _columns(row: Row, most: int) -> str:
+    """Names of columns, for an error; a column's name may hold half a character too."""
+    return ", ".join(list(row.values)[:most]).encode("utf-8", "backslashreplace").decode()
 
 
 def _missing(row: Row, field: str, format: str) -> DataError:
     other = _format_of(row.values)
-    columns = ", ".join(list(row.values)[:12]) or "nothing"
+    columns = _columns(row, 12) or "nothing"
     if other and other != format:
         return DataError(
             f"{row.place}, field {field}: missing; the format is {format}, this row looks like {other} ({columns}).",
             f"{NEEDS[format]}. Keep one format in a file, or set data.format.",
+            code="mixed_formats" if _is_mixed(row, other, format) else "missing_field",
+            row=row.number,
         )
     what = "null" if field in row.values else "missing"
     return DataError(
-        f"{row.place}, field {field}: {what} (the row has {columns}).", f"{NEEDS[format]}. {FIELDS_REMEDY}"
+        f"{row.place}, field {field}: {what} (the row has {columns}).",
+        f"{NEEDS[format]}. {FIELDS_REMEDY}",
+        code="missing_field",
+        row=row.number,
     )
+
+
+def _is_mixed(row: Row, other: str | None, format: str) -> bool:
+    """Whether a row is of another format, and not one of its own that lacks a field."""
+    if other is None or other == format or {other, format} in ({"messages", "sharegpt"}, {"text", "classification"}):
+        return False
+    return not (format == "alpaca" and row.values.keys() <= {"instruction", "system", *ALPACA_INPUTS, *ALPACA_OUTPUTS})
+
+
+def _refuse_other_format(row: Row, format: str, section: DataSection) -> None:
+    """A row of another format may have the columns of this one too: read so, it would lose the rest in silence."""
+    named = section.prompt_field or section.answer_field or section.messages_field or section.text_field
+    if section.format != "auto" or named:
+        return
+    other = _format_of(row.values)
+    if _is_mixed(row, other, format):
+        columns = _columns(row, 12)
+        raise DataError(
+            f"{row.place}: the format is {format}, this row looks like {other} ({columns}).",
+            f"{NEEDS[format]}. Keep one format in a file, or set data.format.",
+            code="mixed_formats",
+            row=row.number,
+        )
 
 
 def _label(row: Row, field: str) -> str:
@@ -272,7 +262,7 @@ def _as_list(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return value if isinstance(value, list) else None
 
@@ -287,161 +277,20 @@ def _parse_messages(row: Row, format: str, section: DataSection) -> Conversation
     if items is None:
         if value is None:
             raise _missing(row, field, format)
-        raise DataError(f"{row.place}, field {field}: it is {type_name(value)}, not a list.", f"{NEEDS[format]}.")
-    turns = tuple(_parse_turn(row, f"{field}[{index}]", item, format) for index, item in enumerate(items))
+        raise wrong(row, f"{field}: it is {type_name(value)}, not a list", f"{NEEDS[format]}.")
+    turns = tuple(parse_turn(row, f"{field}[{index}]", item, format) for index, item in enumerate(items))
     return _checked(row, section, turns, format, field)
 
 
 def _checked(row: Row, section: DataSection, turns: tuple[Turn, ...], format: str, field: str) -> Conversation:
     if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(
-            f"{row.place}, field {field}: it has no assistant turn, so nothing to learn.", f"{NEEDS[format]}."
+        raise wrong(
+            row,
+            f"{field}: it has no assistant turn, so nothing to learn",
+            f"{NEEDS[format]}.",
+            code="missing_field" if turns else "empty_field",
         )
-    return Conversation(_with_system(row, section, turns), _tools(row), row.place)
-
-
-def _parse_turn(row: Row, field: str, item: Any, format: str) -> Turn:
-    """One message as a turn."""
-    if not isinstance(item, dict):
-        raise DataError(f"{row.place}, field {field}: it is {type_name(item)}, not an object.", f"{NEEDS[format]}.")
-    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    given = item.get(role_key)
-    if given is None:
-        raise DataError(f"{row.place}, field {field}.{role_key}: missing.", f"{NEEDS[format]}.")
-    role = ROLES.get(given.lower()) if isinstance(given, str) else None
-    if role is None:
-        known = ", ".join(ROLES)
-        raise DataError(
-            f"{row.place}, field {field}.{role_key}: {given!r} is not a known role.", f"Known roles: {known}."
-        )
-    value = item.get(content_key, item.get("value") if content_key == "content" else item.get("content"))
-    content, reasoning, calls = _parse_content(row, f"{field}.{content_key}", value, format)
-    calls += _parse_calls(row, f"{field}.tool_calls", item.get("tool_calls"))
-    if given.lower() in CALL_ROLES and not calls:
-        decoded = _decoded(content)
-        if isinstance(decoded, dict) or (isinstance(decoded, list) and decoded):
-            calls, content = _parse_calls(row, f"{field}.{content_key}", decoded), ""
-    if isinstance(item.get("function_call"), dict):
-        calls += _parse_calls(row, f"{field}.function_call", item["function_call"])
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        reasoning = reasoning or (item.get(key) if isinstance(item.get(key), str) else None) or None
-    if value is None and not calls:
-        raise DataError(f"{row.place}, field {field}.{content_key}: missing.", f"{NEEDS[format]}.")
-    trained = _weight(row, field, item) if role == "assistant" else False
-    if role == "assistant" and trained and not content.strip() and not calls:
-        raise DataError(
-            f"{row.place}, field {field}.{content_key}: the answer is empty.",
-            "An assistant turn needs text or tool calls. Fill it, give it weight 0, or delete the row.",
-        )
-    name, call_id = item.get("name"), item.get("tool_call_id")
-    return Turn(
-        role,
-        content,
-        tuple(calls),
-        reasoning,
-        trained,
-        name if isinstance(name, str) else None,
-        call_id if isinstance(call_id, str) else None,
-    )
-
-
-def _weight(row: Row, field: str, item: dict[str, Any]) -> bool:
-    for key in ("weight", "loss_weight"):
-        weight = item.get(key)
-        if weight is None:
-            continue
-        if weight not in (0, 1):
-            raise DataError(
-                f"{row.place}, field {field}.{key}: {weight!r} is neither 0 nor 1.",
-                "Weight 0 leaves a turn untrained, 1 trains it.",
-            )
-        return bool(weight)
-    return True
-
-
-def _parse_content(row: Row, field: str, value: Any, format: str) -> tuple[str, str | None, list[ToolCall]]:
-    if value is None:
-        return "", None, []
-    if isinstance(value, str):
-        return _whole(row, field, value), None, []
-    if not isinstance(value, list):
-        raise DataError(f"{row.place}, field {field}: it is {type_name(value)}, not text.", f"{NEEDS[format]}.")
-    texts: list[str] = []
-    reasonings: list[str] = []
-    calls: list[ToolCall] = []
-    for index, part in enumerate(value):
-        where = f"{field}[{index}]"
-        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else None
-        inner = (
-            part
-            if isinstance(part, str)
-            else next((part[k] for k in (kind, "text", "value", "content") if part.get(k) is not None), None)
-            if isinstance(part, dict)
-            else None
-        )
-        if kind in ("text", "reasoning", "thinking") and isinstance(inner, str):
-            (texts if kind == "text" else reasonings).append(_whole(row, where, inner))
-        elif kind in ("tool_call", "function", "function_call"):
-            calls += _parse_calls(row, where, inner if inner is not None else part)
-        else:
-            raise DataError(
-                f"{row.place}, field {where}: a part of type {kind!r} cannot be trained on.",
-                "Content is text, or parts of type text, reasoning or tool_call.",
-            )
-    return "".join(texts), "".join(reasonings) or None, calls
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return None
-    return value
-
-
-def _parse_calls(row: Row, field: str, value: Any) -> list[ToolCall]:
-    """Tool calls in OpenAI's shape, or bare {name, arguments}; arguments may be an object or its JSON text."""
-    if value is None:
-        return []
-    remedy = 'A tool call is {"name": ..., "arguments": {...}}, or OpenAI\'s {"type": "function", "function": {...}}.'
-    decoded = _decoded(value)
-    if isinstance(decoded, dict):
-        decoded = [decoded]
-    if not isinstance(decoded, list):
-        raise DataError(f"{row.place}, field {field}: it is not a tool call.", remedy)
-    calls = []
-    for index, item in enumerate(decoded):
-        where = f"{field}[{index}]"
-        function = item.get("function", item) if isinstance(item, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str):
-            raise DataError(f"{row.place}, field {where}: a tool call without a name.", remedy)
-        arguments = function.get("arguments", function.get("parameters", {}))
-        arguments = _decoded(arguments) if arguments not in (None, "") else {}
-        if not isinstance(arguments, dict):
-            raise DataError(f"{row.place}, field {where}.arguments: not a JSON object.", remedy)
-        identity = item.get("id") if isinstance(item.get("id"), str) else None
-        calls.append(ToolCall(name, arguments, identity))
-    return calls
-
-
-def _tools(row: Row) -> tuple[dict[str, Any], ...]:
-    """The `tools` column, a list or its JSON text, each in OpenAI's shape."""
-    value = row.values.get("tools")
-    if value is None or value == "" or value == []:
-        return ()
-    tools = _decoded(value)
-    if isinstance(tools, dict):
-        tools = [tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            f"{row.place}, field tools: it is not a list of functions.",
-            "Give a list of {name, description, parameters}, or its JSON text.",
-        )
-    return tuple(
-        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools
-    )
+    return Conversation(_with_system(row, section, turns), tools_of(row), row.place)
 
 
 # ------------------------------------------------------------------------------------------------------------- scan
@@ -457,7 +306,7 @@ def prompt_key(item: Conversation | Document) -> bytes:
     for turn in item.turns[:last]:
         text = f"{turn.role}\x00{' '.join(turn.content.split())}\x00"
         for call in turn.tool_calls:
-            text += f"{call.name}\x00{json.dumps(call.arguments, sort_keys=True)}\x00"
+            text += f"{call.name}\x00{json.dumps(call.arguments, sort_keys=True, default=str)}\x00"
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.digest()
 

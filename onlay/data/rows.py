@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -35,6 +35,15 @@ class RowTable:
     def __len__(self) -> int:
         return len(self.number)
 
+    def taken(self, rows: np.ndarray) -> Self:
+        """The table of some rows, by index, in that order."""
+        arrays = {name: getattr(self, name)[rows] for name in self._arrays()}
+        return replace(self, **arrays)
+
+    @classmethod
+    def _arrays(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "domains"]
+
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
         """One table of several, whose rows follow each other; domains are numbered anew."""
@@ -44,8 +53,6 @@ class RowTable:
             number = np.array([names.setdefault(name, len(names)) for name in part.domains] + [-1], dtype=np.int32)
             domains.append(number[part.domain])
         arrays = {
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])
-            for field in fields(cls)
-            if field.name not in ("domain", "domains")
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in cls._arrays() if name != "domain"
         }
         return cls(**arrays, domain=np.concatenate(domains), domains=tuple(names))

@@ -76,6 +76,8 @@ class Encoded:
     place: str = ""
     kept_at_end: int = 0
     """So many of the last tokens stay when the rest is cut to length."""
+    text: str = ""
+    """What was tokenized: the conversation as the template prints it, or the document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,11 +496,28 @@ class ChatTemplate:
         """The tokens of one item and which of them train.  Raises DataError where the template refuses it."""
         return self.encode_batch([item])[0]
 
-    def encode_batch(self, items: Sequence[Conversation | Document]) -> list[Encoded]:
-        """The same for many: tokenized together, which is several times faster."""
-        talks = [(i, item) for i, item in enumerate(items) if isinstance(item, Conversation)]
-        spans = [self._spans(item) for _, item in talks]
+    def encode_batch(
+        self, items: Sequence[Conversation | Document], *, refused: dict[int, DataError] | None = None
+    ) -> list[Encoded]:
+        """The same for many: tokenized together, which is several times faster.
+
+        With `refused`, conversations that the template refuses raise nothing: their errors are put in there by index, and
+        they have no tokens.
+        """
         done: dict[int, Encoded] = {}
+        talks: list[tuple[int, str]] = []
+        spans = []
+        for i, item in enumerate(items):
+            if isinstance(item, Document):
+                continue
+            try:
+                spans.append(self._spans(item))
+            except DataError as error:
+                if refused is None:
+                    raise
+                refused[i], done[i] = error, Encoded([], [], place=item.place)
+            else:
+                talks.append((i, item.place))
         if talks:
             tokens = self.tokenizer(
                 [text for text, *_ in spans],
@@ -508,10 +527,10 @@ class ChatTemplate:
                 return_token_type_ids=False,
                 verbose=False,
             )
-            for (i, item), found, ids, offsets in zip(
+            for (i, place), found, ids, offsets in zip(
                 talks, spans, tokens["input_ids"], tokens["offset_mapping"], strict=True
             ):
-                done[i] = self._mask(ids, offsets, *found, place=item.place)
+                done[i] = self._mask(ids, offsets, *found, place=place)
         documents = [(i, item) for i, item in enumerate(items) if isinstance(item, Document)]
         for (i, _), encoded in zip(documents, self._encode_documents([item for _, item in documents]), strict=True):
             done[i] = encoded
@@ -548,7 +567,7 @@ class ChatTemplate:
         ids, trained = self._fix_bos(ids, trained)
         if trained:
             trained[0] = False
-        return Encoded(ids, trained, notes, place=place)
+        return Encoded(ids, trained, notes, place=place, text=text)
 
     def _hides_space(self, token: int, begins: int, previous_end: int, span_start: int, text: str) -> bool:
         """Whether a token's leading space lies before the span: some byte-level tokenizers trim it off the offsets."""
@@ -590,7 +609,7 @@ class ChatTemplate:
                 ids.append(self.eos_id)
             ids, _ = self._fix_bos(ids, [])
             trained = [False] + [True] * (len(ids) - 1)
-            encoded.append(Encoded(ids, trained, {}, is_document=True, place=document.place))
+            encoded.append(Encoded(ids, trained, {}, is_document=True, place=document.place, text=document.text))
         return encoded
 
     def encode_prompt(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> list[int]:

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: POST {base_url}/chat/completions, by the standard library alone.
+"""A model behind an OpenAI-compatible endpoint: POST {base_url}/chat/completions, by the standard library alone.
 
 The key is read from an environment variable when a request is made; it is in no record, error or representation, and
 redirects are not followed, since they would carry it to another host.
@@ -28,6 +28,15 @@ LONGEST_DELAY_SECONDS = 60.0
 REPLY_BYTES = 1 << 22
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One reply."""
+
+    text: str
+    cut: bool
+    """Whether it ended at `max_tokens`, by the server's word."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -48,31 +57,43 @@ class Endpoint:
     attempts: int = 5
     """Of one request, the first included; waits of 1, 2, 4, ... seconds between them, or what Retry-After asks for."""
     concurrency: int = 4
+    temperature: float = 0.0
+    part: str = "judge"
+    """What errors call it: the judge's, the model's."""
     retries: int = field(default=0, init=False)
     """Attempts after the first, over all requests so far."""
+    prompt_tokens: int = field(default=0, init=False)
+    """Of all replies so far, as the server counts them in `usage`; 0 where it does not."""
+    answer_tokens: int = field(default=0, init=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         # The address itself is not told: it may hold a password.
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SetupError("The judge's base_url is no http or https address.", "Give one such as https://host/v1.")
+            raise SetupError(
+                f"The {self.part}'s base_url is no http or https address.", "Give one such as https://host/v1."
+            )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise SetupError(
-                f"The judge's base_url at {parts.hostname} holds a user, a password, a query or a fragment.",
+                f"The {self.part}'s base_url at {parts.hostname} holds a user, a password, a query or a fragment.",
                 "Give the plain address, and the name of an environment variable for the key.",
             )
         for name in ("attempts", "concurrency", "max_tokens"):
             if getattr(self, name) < 1:
-                raise SetupError(f"The judge's {name} is {getattr(self, name)}, below 1.", "Give 1 or more.")
+                raise SetupError(f"The {self.part}'s {name} is {getattr(self, name)}, below 1.", "Give 1 or more.")
 
     @property
     def name(self) -> str:
-        """What judges: for records and cache keys."""
+        """Which model, where: for records and cache keys."""
         return f"{self.model} at {urlsplit(self.base_url).netloc}"
 
     def ask(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(place, reply) of each prompt as it comes in, at most `concurrency` at once, at temperature 0.
+        """(place, the reply's text) of each prompt: see `complete`."""
+        return ((place, reply.text) for place, reply in self.complete(prompts))
+
+    def complete(self, prompts: Sequence[str]) -> Iterator[tuple[int, Completion]]:
+        """(place, reply) of each prompt as it comes in, at most `concurrency` at once.
 
         Raises SetupError for a missing key, a refused request, or one that failed `attempts` times; what is under way
         then is still handed out, and nothing new is begun.
@@ -103,7 +124,7 @@ class Endpoint:
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
             raise SetupError(
-                f"The environment variable {self.key_variable} is not set; the judge's API key is read from it.",
+                f"The environment variable {self.key_variable} is not set; the {self.part}'s API key is read from it.",
                 f"export {self.key_variable}=... first.",
             )
         if not key.isascii() or not key.isprintable():
@@ -112,7 +133,7 @@ class Endpoint:
             )
         return key
 
-    def _reply(self, prompt: str, key: str | None, stop: Event) -> str | None:
+    def _reply(self, prompt: str, key: str | None, stop: Event) -> Completion | None:
         """None once another request has failed for good: then nothing is begun or tried again."""
         why = ""
         for attempt in range(self.attempts):
@@ -141,7 +162,7 @@ class Endpoint:
                 stop.wait(delay_seconds(attempt, retry_after=asked))
         stop.set()
         raise SetupError(
-            f"The judge {self.name} gave no reply in {self.attempts} attempts; the last: {why}.",
+            f"The {self.part} {self.name} gave no reply in {self.attempts} attempts; the last: {why}.",
             "Try again later: replies that are kept in a file are not asked for again. Or lower the concurrency.",
         )
 
@@ -149,7 +170,7 @@ class Endpoint:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
+            "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -160,31 +181,42 @@ class Endpoint:
             content: bytes = response.read(REPLY_BYTES)
             return content
 
-    def _text(self, content: bytes, key: str | None) -> str:
+    def _text(self, content: bytes, key: str | None) -> Completion:
         """The reply's words.  A server that echoes the key does not get it into a file."""
         try:
             value = json.loads(content)
-            text = value["choices"][0]["message"]["content"] or ""
+            choice = value["choices"][0]
+            text = choice["message"]["content"] or ""
             if not isinstance(text, str):
                 raise TypeError
         except (ValueError, LookupError, TypeError):
             raise SetupError(
-                f"The judge {self.name} answered with something that is not an OpenAI chat completion.",
-                "Check the judge's base_url; it usually ends in /v1.",
+                f"The {self.part} {self.name} answered with something that is not an OpenAI chat completion.",
+                f"Check the {self.part}'s base_url; it usually ends in /v1.",
             ) from None
-        return text.replace(key, "[key]") if key else text
+        self._count(value.get("usage"))
+        return Completion(text.replace(key, "[key]") if key else text, choice.get("finish_reason") == "length")
+
+    def _count(self, usage: Any) -> None:
+        counts = [
+            usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
+        ]
+        prompt, answer = (count if isinstance(count, int) else 0 for count in counts)
+        with self._lock:
+            self.prompt_tokens += prompt
+            self.answer_tokens += answer
 
     def _refused(self, status: int) -> SetupError:
         # The body is not told: servers repeat parts of the key in it.
         remedies = {
             401: f"Check the key in {self.key_variable or 'key_variable (none is sent now)'}.",
             403: f"Check what the key in {self.key_variable or 'key_variable (none is sent now)'} may do.",
-            404: "Check the judge's base_url (it usually ends in /v1) and its model.",
+            404: f"Check the {self.part}'s base_url (it usually ends in /v1) and its model.",
         }
         what = "a redirect, which is not followed" if 300 <= status < 400 else "refused"
         return SetupError(
-            f"The judge {self.name} answered HTTP {status}: {what}.",
-            remedies.get(status, "Check the judge's base_url and model, and that the prompts fit its context."),
+            f"The {self.part} {self.name} answered HTTP {status}: {what}.",
+            remedies.get(status, f"Check the {self.part}'s base_url and model, and that the prompts fit its context."),
         )
 
 

@@ -1,15 +1,11 @@
-"""Rows side by side: which ones to show, and what differs from the expected answer."""
+"""Rows side by side: which ones to show."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from markupsafe import Markup, escape
 
 from onlay.records import Report
 
@@ -18,12 +14,6 @@ KINDS = {
     False: {"fixed": "better", "broken": "worse", "neither": "the same"},
 }
 """Names of the kinds of rows, for yes/no scores and for others."""
-WORD = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+|[^\w\s])(\s*)")
-"""A word and the white space behind it.  Chinese and Japanese have no spaces: a character is a word."""
-MOST_WORDS = 800
-"""Differences between longer texts are not looked for: that takes time as their lengths' product."""
-LEAST_IN_COMMON = 0.3
-"""With less in common nearly every word would be marked, which says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,40 +95,3 @@ def choose(
     first = [one for turn in turns for one in turn if one is not None]
     rest = [(kind, row) for kind in ("both", "unscored") for row in found[kind]]
     return (first + rest)[:most], counts
-
-
-def marked(answer: str, *, expected: str) -> Markup:
-    """The answer, escaped, with <ins> around words that are not in the expected one and <del> around those that are missing.
-
-    White space is not compared.  Plain where either text is too long or has no words, or where less than LEAST_IN_COMMON of
-    their characters are in common.
-    """
-    ours, theirs = WORD.findall(answer), WORD.findall(expected)
-    if not ours or not theirs or max(len(ours), len(theirs)) > MOST_WORDS:
-        return escape(answer)
-    ours_words, their_words = [word for word, _ in ours], [word for word, _ in theirs]
-    matcher = difflib.SequenceMatcher(None, their_words, ours_words, autojunk=False)
-    blocks = matcher.get_matching_blocks()
-    common = sum(len(word) for start, _, size in blocks for word in their_words[start : start + size])
-    if 2 * common / sum(map(len, ours_words + their_words)) < LEAST_IN_COMMON:
-        return escape(answer)
-    parts = [escape(answer[: len(answer) - len(answer.lstrip())])]
-    for change, from_start, from_end, to_start, to_end in matcher.get_opcodes():
-        missing, said = (_joined(one) for one in (theirs[from_start:from_end], ours[to_start:to_end]))
-        if change == "equal":
-            parts.append(escape("".join(said)))
-            continue
-        for tag, (text, space) in (("del", missing), ("ins", said)):
-            if text:
-                parts.append(Markup("<{0}>{1}</{0}>{2}").format(tag, text, space))
-    return Markup("").join(parts)
-
-
-def _joined(words: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """Text of some words, and the white space behind the last."""
-    text = "".join(word + space for word, space in words)
-    return text.rstrip(), text[len(text.rstrip()) :]
-
-
-def differs_in_white_space_alone(answer: str, *, expected: str) -> bool:
-    return answer.strip() != expected.strip() and answer.split() == expected.split()

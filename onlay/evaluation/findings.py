@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onlay.data.build import message_of
+from onlay.data.split import message_of
 from onlay.evaluation.choice import choose_scores
 from onlay.evaluation.compare import LEVEL, compare, smallest_difference, spread_of
 from onlay.evaluation.likelihood import measured_nats, total

@@ -1,41 +1,33 @@
-"""report.html: what an evaluation found, as one page that needs nothing but itself.
+"""report.html: what an evaluation found, as one page that needs nothing but itself (onlay/pages/frame.py).
 
-No script, no font, no address: the page's own policy forbids a browser to run or fetch anything, whatever a prompt or an
-answer holds.  All texts go through Jinja's autoescape.  The page works without colour, prints, and follows the reader's light
-or dark.
+It works without colour, prints, and follows the reader's light or dark.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
-from onlay.evaluation.examples import KINDS, choose, differs_in_white_space_alone, marked, measure_of
+from onlay.evaluation.examples import KINDS, choose, measure_of
 from onlay.evaluation.plots import bars, forest, losses
 from onlay.evaluation.units import outcome, spoken, unit_in_report, unit_of, unit_of_comparison
+from onlay.pages.differences import differs_in_white_space_alone, marked
+from onlay.pages.frame import MOST_CHARACTERS, clean, environment
 from onlay.records import Comparison, Report, write_whole
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 MOST_EXAMPLES = 60
 """Rows shown side by side; the rest are counted and are in answers.jsonl."""
-MOST_CHARACTERS = 12_000
-"""Of one text.  What is longer is cut, with the number of characters that were left out."""
 VERDICTS = {
     "ship": ("ship", "✓", "Ship"),
     "do not ship": ("stop", "✕", "Do not ship"),
     "no gates": ("open", "?", "Not decided"),
 }
 """Of Report.verdict: style, sign and words."""
-UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-"""Not shown by browsers, or not UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +82,14 @@ def page(report: Report, *, answers: Sequence[Mapping[str, Any]], metrics: Seque
     measure = measure_of(report, answers)
     chosen, counts = choose(answers, measure=measure, most=MOST_EXAMPLES)
     kinds = KINDS[measure.yes_no if measure else True] | {"unscored": "not scored"}
-    html = _environment().get_template("page.html.jinja").render(
+    filters: dict[str, Callable[..., Any]] = {
+        "spoken": spoken,
+        "outcome": outcome,
+        "unit": unit_of_comparison,
+        "limit": _limit,
+        "p": _p_value,
+    }
+    html = environment("onlay.evaluation", filters=filters).get_template("page.html.jinja").render(
         report=report,
         verdict=(*VERDICTS[report.verdict], _gates_told(report)),
         tiles=tiles(report),
@@ -100,33 +99,9 @@ def page(report: Report, *, answers: Sequence[Mapping[str, Any]], metrics: Seque
         examples=[_example(kind, row) for kind, row in chosen],
         kinds=[(kind, kinds[kind], counts[kind], sum(one == kind for one, _ in chosen)) for kind in kinds if kind in counts],
         facts=_facts(report),
-        most_characters=MOST_CHARACTERS,
+        unit_in_report=unit_in_report,
     )  # fmt: skip
-    return UNSEEN.sub("\ufffd", html)
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("onlay.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        spoken=spoken,
-        outcome=outcome,
-        unit=unit_of_comparison,
-        limit=_limit,
-        p=_p_value,
-        short=_short,
-        cut=_cut,
-        tight=_tight,
-    )
-    environment.globals.update(unit_in_report=unit_in_report)
-    return environment
+    return clean(html)
 
 
 def _gates_told(report: Report) -> str:
@@ -255,23 +230,5 @@ def _limit(value: float | None) -> str:
     return "not measured" if value is None else f"{value:,.4g}".replace("-", "−")
 
 
-def _tight(text: str) -> str:
-    """A number and its % stay on one line."""
-    return text.replace(" %", "\u00a0%")
-
-
 def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _short(text: str, length: int) -> str:
-    """The beginning, on one line."""
-    line = " ".join(text[: 4 * length].split())
-    return line if len(line) <= length and len(text) <= 4 * length else line[:length].rstrip() + " …"
-
-
-def _cut(text: Markup | str) -> Markup | str:
-    """A text, cut where it is very long.  What has marks was short enough."""
-    if isinstance(text, Markup) or len(text) <= MOST_CHARACTERS:
-        return text
-    return f"{text[:MOST_CHARACTERS]}\n… {len(text) - MOST_CHARACTERS:,} more characters are in answers.jsonl"

@@ -1,104 +1,20 @@
-"""Plots as SVG: written by hand, so that colours follow the page's light or dark, every mark says what it is when pointed
-at, and nothing is drawn, fetched or measured by another program.
-
-Shape says what colour says: ▲ better, ▼ worse, ○ no difference shown.  The class names are the page's style sheet's.
-"""
+"""The plots of a report.  Shape says what colour says: ▲ better, ▼ worse, ○ no difference shown."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
 from onlay.evaluation.units import Unit, outcome, spoken, unit_of, unit_of_comparison
+from onlay.pages.charts import Bar, bar_rows
+from onlay.pages.drawing import LABELS, NUMBERS, ROW, WIDTH, Drawing, Scale, axis, decimals, ticks
 from onlay.records import Comparison
 
-WIDTH = 760
-"""Of every plot, in pixels at its natural size."""
-LABELS = 200
-"""Width of the column of names on the left."""
-NUMBERS = 176
-"""Width of the column of numbers on the right."""
-ROW = 26
-"""Height of one row of a plot of rows."""
-CHARACTER = 6.7
-"""Width of a character, on the generous side: the font is the reader's."""
 MOST_POINTS = 240
 """A longer loss curve is told by the means of as many equal groups of steps."""
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""What XML does not allow, even escaped."""
-MARKS = {"better": "M 0 -6 L 6 5 L -6 5 Z", "worse": "M 0 6 L 6 -5 L -6 -5 Z", "same": "M -5 0 A 5 5 0 1 1 5 0 A 5 5 0 1 1 -5 0 Z"}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
-    """Maps values low..high to pixels start..end."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) within low..high.  low < high."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(power * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (power * factor) <= most - 1)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
-
-
-@dataclass(kw_only=True)
-class Drawing:
-    """Parts of one SVG.  Everything that comes from outside is escaped by Markup.format."""
-
-    name: str
-    """Its ids begin with this; one page holds many."""
-    height: float = 0
-    parts: list[Markup] = field(default_factory=list)
-
-    def text(
-        self, x: float, y: float, content: str, *, style: str = "", anchor: str = "start", most: float = 0
-    ) -> None:
-        """`most`: pixels that it may take; a longer one is cut, and whole when pointed at."""
-        room = int(most / CHARACTER)
-        cut = Markup("")
-        if most and len(content) > room:
-            cut = Markup("<title>{}</title>").format(content)
-            content = content[: room - 1] + "…"
-        form = '<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}{}</text>'
-        self.parts.append(Markup(form).format(x, y, style, anchor, content, cut))
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, *, style: str) -> None:
-        form = '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>'
-        self.parts.append(Markup(form).format(x1, y1, x2, y2, style))
-
-    def path(self, points: Sequence[tuple[float, float]], *, style: str) -> None:
-        drawn = " L ".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        self.parts.append(Markup('<path d="M {}" class="{}"/>').format(drawn, style))
-
-    def mark(self, x: float, y: float, *, shape: str, style: str, told: str, around: str = "") -> None:
-        """A point; `told` is what it says when pointed at, `around` what is drawn with it."""
-        form = '<g class="{}"><title>{}</title>{}<path class="mark" d="{}" transform="translate({:.1f} {:.1f})"/></g>'
-        self.parts.append(Markup(form).format(style, told, around, MARKS[shape], x, y))
-
-    def svg(self, title: str, description: str) -> Markup:
-        form = (
-            '<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {width} {height:.0f}" width="{width}" '
-            'height="{height:.0f}" role="img" aria-labelledby="{name}-title {name}-told"><title id="{name}-title">{title}'
-            '</title><desc id="{name}-told">{told}</desc>{body}</svg>'
-        )
-        values = {"width": WIDTH, "height": self.height, "name": self.name, "title": title, "told": description}
-        drawn = Markup(form).format(body=Markup("").join(self.parts), **values)
-        return Markup(UNPRINTABLE.sub("\ufffd", drawn))
 
 
 def forest(comparisons: Sequence[Comparison], *, name: str, title: str) -> Markup | None:
@@ -122,7 +38,7 @@ def _forest_panel(drawing: Drawing, comparisons: Sequence[Comparison], *, unit: 
     spare = 0.06 * (high - low) or 1.0
     scale = Scale(low=low - spare, high=high + spare, start=LABELS, end=WIDTH - NUMBERS)
     bottom = top + ROW * len(comparisons)
-    _axis(drawing, scale, top=top, bottom=bottom)
+    axis(drawing, scale, top=top, bottom=bottom)
     drawing.line(scale(0), top - 6, scale(0), bottom, style="zero")
     drawing.text((LABELS + WIDTH - NUMBERS) / 2, bottom + 34, f"difference, {unit or 'in the score’s own unit'}", style="muted", anchor="middle")  # fmt: skip
     for place, (one, how) in enumerate(zip(comparisons, units, strict=True)):
@@ -141,22 +57,6 @@ def _forest_panel(drawing: Drawing, comparisons: Sequence[Comparison], *, unit: 
 def _named(drawing: Drawing, one: Comparison, y: float) -> None:
     lower = "" if one.higher_is_better else " ↓"
     drawing.text(LABELS - 12, y + 4, f"{spoken(one.score)}{lower} · {one.against}", anchor="end", most=LABELS - 14)
-
-
-def _axis(drawing: Drawing, scale: Scale, *, top: float, bottom: float) -> None:
-    """Numbers below, thin lines up from them."""
-    marks = ticks(scale.low, scale.high)
-    digits = _digits(marks)
-    for value in marks:
-        drawing.line(scale(value), top - 6, scale(value), bottom, style="grid")
-        told = f"{value:.{digits}f}".replace("-", "−") if abs(value) > 1e-12 else "0"
-        drawing.text(scale(value), bottom + 16, told, style="muted", anchor="middle")
-
-
-def _digits(values: Sequence[float]) -> int:
-    """Decimals that tell neighbouring ticks apart."""
-    step = min((b - a for a, b in itertools.pairwise(values)), default=1.0)
-    return max(0, math.ceil(-math.log10(step) - 1e-9))
 
 
 def bars(scores: Mapping[str, Mapping[str, float | None]], *, system: str, name: str, title: str) -> Markup | None:
@@ -179,19 +79,17 @@ def bars(scores: Mapping[str, Mapping[str, float | None]], *, system: str, name:
 def _bar_group(drawing: Drawing, values: Mapping[str, float | None], *, unit: Unit, system: str) -> None:
     known = [value for value in values.values() if value is not None]
     most = 1.0 if unit.sign else max([*known, 0.0]) or 1.0
-    # A bar begins at 0: one of a negative number would say the opposite, so it has no length, and its number beside it.
-    scale = Scale(low=0.0, high=most, start=LABELS, end=WIDTH - NUMBERS)
-    for one, value in values.items():
-        y = drawing.height
-        drawing.text(LABELS - 12, y + 14, one, anchor="end", most=LABELS - 14)
-        width = 0.0 if value is None else scale(max(0.0, value)) - LABELS
-        style = "bar ours" if one == system else "bar"
-        form = '<g class="{}"><title>{}</title><rect x="{}" y="{:.1f}" width="{:.1f}" height="13" rx="2"/></g>'
-        said = f"{one}: {unit.value(value)}"
-        drawing.parts.append(Markup(form).format(style, said, LABELS, y + 3.5, width))
-        told = unit.value(value) if value is not None else "– no row has what it needs"
-        drawing.text(LABELS + width + 8, y + 14, told, style="number")
-        drawing.height += 20
+    rows = [
+        Bar(
+            label=one,
+            value=value,
+            told=unit.value(value) if value is not None else "– no row has what it needs",
+            said=f"{one}: {unit.value(value)}",
+            style="bar ours" if one == system else "bar",
+        )
+        for one, value in values.items()
+    ]
+    bar_rows(drawing, rows, most=most)
     drawing.height += 6
 
 
@@ -255,7 +153,7 @@ def _frame(drawing: Drawing, x: Scale, y: Scale, *, what: str, numbered: bool, m
     """Horizontal lines with their numbers, and the steps below where `numbered`."""
     values = ticks(y.low, y.high, most=most)
     small = values[-1] < 0.01
-    digits = _digits(values)
+    digits = decimals(values)
     for value in values:
         drawing.line(x.start, y(value), x.end, y(value), style="grid")
         told = "0" if value == 0 else f"{value:.0e}" if small else f"{value:.{digits}f}"

@@ -19,6 +19,7 @@ from onlay.generation.adapters import RowAdapters
 from onlay.generation.slots import SlotCache, slot_attention
 from onlay.kernels.decode import add_residual, fits, rotate_and_store, swiglu
 from onlay.kernels.updates import HeadNorm, Update
+from onlay.model.norms import eps_of, is_rms_norm
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -37,7 +38,7 @@ class FusedDecoding:
         self._attentions = [m for m in base.modules() if _is_attention(m, config)]
         self._mlps = [m for m in base.modules() if _is_mlp(m)]
         heads = {id(norm) for m in self._attentions for norm in (_norm_of(m, "q_norm"), _norm_of(m, "k_norm"))}
-        self._norms = [m for m in base.modules() if id(m) not in heads and _is_rms_norm(m)]
+        self._norms = [m for m in base.modules() if id(m) not in heads and is_rms_norm(m)]
         whole = {id(m) for m in (*self._attentions, *self._mlps)}
         self._layers = [m for m in base.modules() if _is_layer(m, config, whole)]
         self._replaced: list[nn.Module] = []
@@ -159,7 +160,7 @@ def _is_layer(module: Any, config: Any, whole: set[int]) -> bool:
         return False
     if any(getattr(owner, name, None) is not None for owner in (module, config) for name in _ODD):
         return False
-    return all(_is_rms_norm(children[name]) for name in ("input_layernorm", "post_attention_layernorm"))
+    return all(is_rms_norm(children[name]) for name in ("input_layernorm", "post_attention_layernorm"))
 
 
 def _is_attention(module: Any, config: Any) -> bool:
@@ -177,7 +178,7 @@ def _is_attention(module: Any, config: Any) -> bool:
         return False
     return all(
         norm is None or tuple(norm.weight.shape) == (width,) for norm in (_norm_of(module, n) for n in _HEAD_NORMS)
-    ) and (not names & _HEAD_NORMS or all(_is_rms_norm(getattr(module, name)) for name in _HEAD_NORMS))
+    ) and (not names & _HEAD_NORMS or all(is_rms_norm(getattr(module, name)) for name in _HEAD_NORMS))
 
 
 def _is_mlp(module: Any) -> bool:
@@ -196,27 +197,8 @@ def _norm_of(module: Any, name: str) -> Any:
     return dict(module.named_children()).get(name)
 
 
-def _eps_of(norm: Any) -> float | None:
-    return next(
-        (float(vars(norm)[name]) for name in ("variance_epsilon", "eps") if vars(norm).get(name) is not None), None
-    )
-
-
-def _is_rms_norm(module: Any) -> bool:
-    """Whether it computes weight * x / sqrt(mean(x^2) + eps): tried on one vector."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.dim() != 1 or _eps_of(module) is None:
-        return False
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(weight), generator=draw).to(weight)
-    with torch.no_grad():
-        own, ours = type(module).forward(module, x), _normalise(module, x)
-    limit = 4 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
-    return bool((own - ours).float().norm() <= limit * own.float().norm())
-
-
 def _normalise(module: Any, hidden_states: Tensor) -> Tensor:
-    eps = _eps_of(module)
+    eps = eps_of(module)
     assert eps is not None
     if module.weight.dtype != hidden_states.dtype:
         own: Tensor = type(module).forward(module, hidden_states)
@@ -228,5 +210,5 @@ def _head_norms(module: Any) -> tuple[HeadNorm, HeadNorm] | None:
     norms = [_norm_of(module, name) for name in ("q_norm", "k_norm")]
     if norms[0] is None:
         return None
-    q, k = (HeadNorm(weight=norm.weight, eps=_eps_of(norm) or 0.0) for norm in norms)
+    q, k = (HeadNorm(weight=norm.weight, eps=eps_of(norm) or 0.0) for norm in norms)
     return q, k

@@ -27,6 +27,7 @@ from onlay.recipe.sections import (
     TargetPreset,
     Tracker,
     TrainingSection,
+    WeightedSource,
     digest_of,
     field_paths,
 )  # fmt: skip
@@ -34,6 +35,6 @@ from onlay.recipe.sections import (
 __all__ = [
     "ADAPTERS", "LIMIT_GATES", "METHODS", "Baseline", "DataSection", "EvaluationSection", "FullTuning", "HeadAdapter",
     "LoftqAdapter", "LoraAdapter", "LoraPlusAdapter", "ModelSection", "PissaAdapter", "Recipe", "ReleaseSection", "Section",
-    "Storage", "TargetPreset", "Tracker", "TrainingSection", "apply_overrides", "digest_of", "field_paths", "parse_recipe",
+    "Storage", "TargetPreset", "Tracker", "TrainingSection", "WeightedSource", "apply_overrides", "digest_of", "field_paths", "parse_recipe",
     "read_recipe",
 ]  # fmt: skip

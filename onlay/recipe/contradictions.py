@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onlay.errors import RecipeError
-from onlay.recipe.sections import LoftqAdapter, LoraAdapter, PissaAdapter, Recipe
+from onlay.recipe.sections import LoftqAdapter, LoraAdapter, PissaAdapter, Recipe, listed_sources
 
 _COLUMN_FIELDS = ("prompt_field", "answer_field", "messages_field", "text_field")
 _READ_COLUMNS = {
@@ -48,6 +48,7 @@ def refuse_contradictions(recipe: Recipe) -> None:
                 "data.system is not read with data.format = text: plain text has no messages.",
                 "Delete one of the two lines.",
             )
+    _refuse_unread_by_prepare(recipe)
     for name in ("patience", "every_steps"):
         if getattr(evaluation, name) is not None and evaluation.split is None and evaluation.file is None:
             raise RecipeError(
@@ -55,6 +56,46 @@ def refuse_contradictions(recipe: Recipe) -> None:
                 f"Set evaluation.split (0.05) or evaluation.file, or delete evaluation.{name}.",
             )
     _refuse_unread_by_evaluation(recipe)
+
+
+def _refuse_unread_by_prepare(recipe: Recipe) -> None:
+    """Fields of the selection of rows that another one leaves without a reader, or without a meaning.  Raises RecipeError."""
+    data, evaluation = recipe.data, recipe.evaluation
+    replaces_names = data.anonymise != "off" and (data.anonymise_kinds is None or "name" in data.anonymise_kinds)
+    needs = (
+        ("data.general_share", data.general_share is not None, data.general is not None, "data.general names a source"),
+        ("data.domain_cap", data.domain_cap is not None, data.balance == "cap", "data.balance is cap"),
+        ("data.anonymise_key", data.anonymise_key is not None, data.anonymise == "pseudonyms", "data.anonymise is pseudonyms"),
+        ("data.anonymise_kinds", data.anonymise_kinds is not None, data.anonymise != "off", "data.anonymise is pseudonyms or redact"),
+        ("data.anonymise_names", data.anonymise_names is not None, replaces_names, "names are replaced (data.anonymise)"),
+        ("evaluation.split_by", evaluation.split_by != "cluster", evaluation.split is not None and evaluation.file is None,
+         "rows are held out by evaluation.split"),
+    )  # fmt: skip
+    for name, given, read, when in needs:
+        if given and not read:
+            raise RecipeError(
+                f"{name} is given, but it is only read where {when}.", f"Delete {name}, or set the other."
+            )
+    if data.balance == "cap" and data.domain_cap is None:
+        raise RecipeError(
+            "data.balance = cap does not say how large a domain may be.", "Set data.domain_cap, such as 0.3."
+        )
+    if data.anonymise == "pseudonyms" and data.anonymise_key is None:
+        raise RecipeError(
+            "data.anonymise = pseudonyms needs a key, and data.anonymise_key names no file for it.",
+            "Set data.anonymise_key to a file apart from the data (it is made where there is none), or data.anonymise to redact.",
+        )
+    if data.balance != "none" and any(source.weight != 1 for source in listed_sources(data.train)):
+        raise RecipeError(
+            f"data.balance = {data.balance} and a weight in data.train both say how often rows train.",
+            "Delete one of the two.",
+        )
+    files = [source.file for source in listed_sources(data.train)] + ([data.general] if data.general else [])
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise RecipeError(
+            f"{twice} is named twice as a source of training rows.", "Name it once in data.train, with a weight."
+        )
 
 
 def _refuse_unread_by_evaluation(recipe: Recipe) -> None:
@@ -134,6 +175,7 @@ def _refuse_unread_by_head(recipe: Recipe) -> None:
     unread = {
         "data.template": recipe.data.template != "auto", "data.system": recipe.data.system is not None,
         "data.loss_on": recipe.data.loss_on != "assistant", "data.messages_field": recipe.data.messages_field is not None,
+        "data.general": recipe.data.general is not None,
         "training.recompute": recipe.training.recompute not in ("auto", "none"),
         "training.offload_activations": recipe.training.offload_activations,
     }  # fmt: skip

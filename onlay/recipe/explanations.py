@@ -18,6 +18,7 @@ _KINDS = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "list_type": "a list",
+    "too_short": "a list with an entry",
     "dict_type": "lines of name: number",
 }
 _REQUIRED = {"model": "model.base", "data": "data.train"}
@@ -39,6 +40,8 @@ def explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
     """The two lines for one pydantic error."""
     location, name = _location(detail), name_of(detail)
     given, kind = detail.get("input"), detail["type"]
+    if name == "data.train" and isinstance(values["data"].get("train"), list | dict):
+        return _wrong_source(detail, given)
     if kind == "extra_forbidden":
         return _unknown_field(location, values)
     if kind == "missing":
@@ -88,6 +91,21 @@ def explain(detail: Any, values: dict[str, Any]) -> tuple[str, str]:
     quotes = "Put it in quotes" if kind == "string_type" and isinstance(given, int | float | date) else "Correct it"
     shown = f'"{show_value(given)}"' if isinstance(given, str) else show_value(given)
     return f"{name} = {shown} is not {wanted}.", f"{quotes}, or {default}."
+
+
+def _wrong_source(detail: Any, given: Any) -> tuple[str, str]:
+    """For an entry of a list of sources, by its place in the list."""
+    remedy = "Each is a name, or {file: NAME, weight: 2.0}; the weight is above 0 and at most 1000."
+    place, field = detail["loc"], detail["loc"][-1]
+    number = next((part + 1 for part in place if isinstance(part, int)), None)
+    if number is None:
+        return f"data.train = {show_value(given)} is neither a source nor a list of sources.", remedy
+    if detail["type"] == "extra_forbidden":
+        return f"data.train, source {number}: {field} is not a field of a source.", remedy
+    if detail["type"] == "missing":
+        return f"data.train, source {number}: {field} is missing.", remedy
+    named = f"{field} = {show_value(given)}" if field in ("file", "weight") else show_value(given)
+    return f"data.train, source {number}: {named} is not allowed.", remedy
 
 
 def _default_of(info: Any) -> str:

@@ -8,7 +8,7 @@ import math
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from onlay.recipe.numbers import Dumper
 
@@ -19,6 +19,9 @@ LIMIT_GATES = ("forgetting", "safety", "latency_ms", "trained_rows")
 Storage = Literal["auto", "bf16", "nf4", "int8"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "trackio", "comet_ml", "clearml", "dvclive", "swanlab"]
 """Those that Accelerate knows."""
+PersonalKind = Literal[
+    "email", "phone", "card", "iban", "national_id", "ip", "url", "url_credentials", "key", "address", "name"
+]
 
 
 class Section(BaseModel):
@@ -118,17 +121,53 @@ ADAPTERS: tuple[type[Section], ...] = (
 METHODS = ("lora", "rslora", "dora", "lora+", "pissa", "loftq", "head", "full")
 
 
+class WeightedSource(Section):
+    """One of several sources of training rows."""
+
+    file: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often each row trains in an epoch, on average."""
+
+
+_Name = Annotated[str, Field(min_length=1)]
+
+
+def _source_kind(value: Any) -> str:
+    """Decides which type a value is held against, so that an error is told of that type only."""
+    if isinstance(value, list):
+        return "several"
+    return "weighted" if isinstance(value, dict | WeightedSource) else "name"
+
+
+def listed_sources(train: str | list[str | WeightedSource]) -> tuple[WeightedSource, ...]:
+    """What data.train holds, as a list in any case."""
+    given = [train] if isinstance(train, str) else train
+    return tuple(WeightedSource(file=one) if isinstance(one, str) else one for one in given)
+
+
 class DataSection(Section):
-    train: str = Field(min_length=1, description="A .jsonl, .json, .csv, .parquet or .txt file, or a hub data set.")
+    train: Annotated[
+        Annotated[_Name, Tag("name")]
+        | Annotated[list[Annotated[Annotated[_Name, Tag("name")] | Annotated[WeightedSource, Tag("weighted")],
+                                   Discriminator(_source_kind)]], Field(min_length=1), Tag("several")],
+        Discriminator(_source_kind),
+    ] = Field(
+        description="A .jsonl, .json, .csv, .parquet or .txt file, or a hub data set; or a list of them, each a name or {file: NAME, weight: 2.0} (each row trains twice; 0.5: half of the rows, drawn by the seed)."
+    )  # fmt: skip
     hub_config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
     hub_split: str = Field("train", description="Split of a hub data set to train on.")
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "classification"] = Field(
-        "auto", description="How rows are read; auto looks at the first rows."
+        "auto", description="How rows are read; auto looks at the first rows of each source."
     )
     prompt_field: str | None = Field(None, description="Column that holds the prompt (or the text to classify).")
     answer_field: str | None = Field(None, description="Column that holds the answer (or the label).")
     messages_field: str | None = Field(None, description="Column that holds the list of messages.")
     text_field: str | None = Field(None, description="Column that holds plain text.")
+    domain_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that says what a row is about. Default: a usual name, such as domain or category.",
+    )
     system: str | None = Field(None, description="System message for conversations that have none.")
     template: str = Field(
         "auto", description="auto: the base's own chat template, else `plain`. Or a named one, or a .jinja file."
@@ -140,10 +179,62 @@ class DataSection(Section):
     overlong: Literal["drop", "cut", "error"] = Field(
         "drop", description="Examples over max_tokens: drop them, cut their end, or stop. Plain text is always split."
     )
-    max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+    max_rows: int | None = Field(None, ge=1, description="Use only the first rows of each source in `train`.")
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = Field(
+        "keep",
+        description="Rows that repeat another: keep them; drop_exact: up to case, punctuation and white space; drop_near: also those in one cluster of near-duplicates. The row with the longest answer stays.",
+    )
+    near_threshold: float = Field(
+        0.8, ge=0.5, le=1.0, description="Jaccard similarity of shingles from which two rows are near-duplicates."
+    )
+    balance: Literal["none", "cap", "equal"] = Field(
+        "none",
+        description="Rows of large domains are dropped, drawn by the seed: cap: until no domain has more than domain_cap; equal: until all have as many as the smallest.",
+    )
+    domain_cap: float | None = Field(
+        None, gt=0.0, lt=1.0, description="cap: the largest share of the training rows that one domain may have."
+    )
+    general: str | None = Field(
+        None, min_length=1, description="General examples to mix in against forgetting: a file or a hub data set."
+    )
+    general_share: float | None = Field(
+        None, gt=0.0, lt=1.0, description="general: its share of the resulting training examples. Default: 0.05."
+    )
+    anonymise: Literal["off", "pseudonyms", "redact"] = Field(
+        "off",
+        description="Personal data in the rows becomes consistent tokens that the key gives back (pseudonyms), or marks such as [EMAIL] (redact).",
+    )
+    anonymise_key: str | None = Field(
+        None,
+        min_length=1,
+        description="pseudonyms: the file with the key, made where there is none, or env:NAME for an environment variable. Keep it apart from the data.",
+    )
+    anonymise_kinds: list[PersonalKind] | None = Field(
+        None,
+        min_length=1,
+        description="Kinds that are replaced: email, phone, card, iban, national_id, ip, url, url_credentials, key, address, name. Default: all but url.",
+    )
+    anonymise_names: str | None = Field(
+        None,
+        min_length=1,
+        description="A spaCy model, installed or a folder, that finds names where the built-in rules do not (needs the extra `privacy`).",
+    )
+    terms: str | None = Field(
+        None, min_length=1, description="A file of terms, one a line; rows that hold one are listed by the audit."
+    )
     licence: str | None = Field(
         None, description="Licence of the rows, such as cc-by-4.0, or `own`; read by `onlay check`."
     )
+
+    @property
+    def train_sources(self) -> tuple[WeightedSource, ...]:
+        """The sources of training rows, one or several."""
+        return listed_sources(self.train)
+
+    @property
+    def train_told(self) -> str:
+        """The sources' names, for a sentence."""
+        return ", ".join(source.file for source in self.train_sources)
 
 
 class TrainingSection(Section):
@@ -193,7 +284,14 @@ class TrainingSection(Section):
 
 class EvaluationSection(Section):
     split: float | None = Field(
-        0.05, gt=0.0, lt=1.0, description="Share of the training rows held out, by prompt; null: off unless `file`."
+        0.05,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the training rows held out, in groups (`split_by`); null: off unless `file`.",
+    )
+    split_by: Literal["cluster", "prompt"] = Field(
+        "cluster",
+        description="What stays on one side of the split: near-duplicates of each other, or rows with one prompt.",
     )
     file: str | None = Field(None, description="Held-out rows in a file of their own; `split` is then not used.")
     every_steps: int | None = Field(

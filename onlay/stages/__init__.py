@@ -6,6 +6,7 @@ One file for each arrow from record to record; nothing below composes siblings.
 from __future__ import annotations
 
 from onlay.stages.answering import Chat, LoadedHead, LoadedRun, chat, generate, open_head, open_run
+from onlay.stages.auditing import audit
 from onlay.stages.checking import check
 from onlay.stages.comparing import compare
 from onlay.stages.demonstrating import Demo, demo, held_out_rows
@@ -26,13 +27,15 @@ from onlay.stages.registering import (
     verify,
     versions,
 )  # fmt: skip
+from onlay.stages.reviewing import Chosen, Review, review
 from onlay.stages.showing import log, schema, show
 from onlay.stages.starting import init
+from onlay.stages.synthesizing import Speaker, Synthesis, synthesize
 from onlay.stages.training import train
 
 __all__ = [
-    "Chat", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Source",
-    "chat", "check", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
+    "Chat", "Chosen", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Review", "Source", "Speaker", "Synthesis",
+    "audit", "chat", "check", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
     "init", "log", "look", "merge", "open_head", "open_run", "prepare", "prepare_source", "promote", "pull", "push",
-    "register", "rollback", "schema", "show", "train", "verify", "versions",
+    "register", "review", "rollback", "schema", "show", "synthesize", "train", "verify", "versions",
 ]  # fmt: skip

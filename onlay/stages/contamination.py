@@ -46,24 +46,32 @@ def find_trained(
 
 
 def _trained_keys(records: Path) -> np.ndarray:
-    """Keys (uint64) of the prompts that were trained on.  Raises OnlayError where the file is not the one of the training."""
+    """Keys (uint64) of the prompts that were trained on.  Raises OnlayError where the files are not those of the training."""
     import numpy as np
 
-    from onlay.data.build import choose_held_out
-    from onlay.data.read import scan
+    from onlay.data.build import source_digests
+    from onlay.data.material import read_material
+    from onlay.data.select import select_rows
 
     dataset = Dataset.load(records)
     recipe = _trained_recipe(records)
-    section, evaluation = recipe.data, recipe.evaluation
-    found = scan(section.train, section, section.max_rows)
-    if found.digest != dataset.source_digest:
-        raise OutputError(f"{section.train} is not the file any more that was trained on.", "Put it back.")
-    keys = found.prompt_keys
-    if evaluation.file is None and evaluation.split is not None:
-        keys = keys[~choose_held_out(keys, evaluation.split, recipe.training.seed)]
-    if len(keys) != dataset.splits["train"].rows:
-        raise OutputError(f"{section.train} gives other training rows than {records} records.", "Restore the recipe.")
-    return np.unique(keys)
+    if "selection" not in dataset.sources:
+        raise OutputError(
+            f"{records} was trained by an earlier version, which chose its rows otherwise.", "Train anew."
+        )
+    material = read_material(recipe, audit=False)
+    selection = select_rows(material, recipe)
+    found = source_digests(material, selection)
+    files = {"data": recipe.data.train_told, "general": recipe.data.general, "evaluation_data": recipe.evaluation.file}
+    for name, told in files.items():
+        if dataset.sources.get(name) != found.get(name):
+            what = "are not the files" if name == "data" and len(recipe.data.train_sources) > 1 else "is not the file"
+            raise OutputError(f"{told} {what} any more that was trained on.", "Put it back.")
+    if dataset.sources["selection"] != found["selection"]:
+        raise OutputError(
+            f"{files['data']} gives other training rows than {records} records.", "Restore the recipe, or train anew."
+        )
+    return np.unique(material.table.prompt_key[selection.times > 0])
 
 
 def _trained_recipe(records: Path) -> Recipe:

@@ -73,8 +73,8 @@ def demo(*, output: str | None = None, report: Report = silent) -> Demo:
 
 
 def held_out_rows(dataset: Dataset) -> list[Conversation]:
-    from onlay.data.build import open_split
     from onlay.data.read import Conversation
+    from onlay.data.split import open_split
 
     return [row for row in open_split(dataset, "evaluation").rows() if isinstance(row, Conversation)]
 

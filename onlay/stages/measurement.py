@@ -87,7 +87,7 @@ def measure_subject(
 
 def _answered(material: Material, measurements: Measurements) -> list[dict[str, Any]]:
     """Rows of answers.jsonl that have no scores yet."""
-    from onlay.data.build import message_of
+    from onlay.data.split import message_of
 
     return [
         {
@@ -161,7 +161,7 @@ def _material(
 
 def _held_out(subject: Subject, bench: Bench, rows: Sequence[Any], left_out: dict[str, int]) -> list[tuple[Any, Any]]:
     """Token ids and trained flags: as they were prepared for training, or of the rows given."""
-    from onlay.data.build import open_split
+    from onlay.data.split import open_split
 
     if subject.data is None and subject.dataset is not None:
         split = open_split(subject.dataset, "evaluation")

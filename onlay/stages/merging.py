@@ -34,7 +34,7 @@ def merge(
     _check_mergeable(folder, done, recipe, out=Path(out), into=into, rows=rows)
 
     import_stack()
-    from onlay.data.build import open_split
+    from onlay.data.split import open_split
     from onlay.hardware import find_hardware
     from onlay.model.facts import read_facts
     from onlay.release.merge import Job, merge_adapter, rejection

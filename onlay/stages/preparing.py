@@ -19,9 +19,11 @@ from onlay.records import Dataset, ModelFacts
 from onlay.stages.events import Loading, Report, silent
 
 if TYPE_CHECKING:
-    from onlay.data.build import Split
+    from onlay.data.cleaning import Cleaner
     from onlay.data.labels import LabelledText
-    from onlay.data.read import Scan
+    from onlay.data.material import Material
+    from onlay.data.select import Selection
+    from onlay.data.split import Split
     from onlay.data.template import ChatTemplate
 
 
@@ -30,8 +32,8 @@ class Source:
     """A recipe whose data and base were looked at, without anything heavy."""
 
     recipe: Recipe
-    scan: Scan
-    held_out_scan: Scan | None
+    material: Material
+    selection: Selection
     facts: ModelFacts
     labels: list[str]
     """What a classification head tells apart; empty for the other methods."""
@@ -39,29 +41,29 @@ class Source:
 
 def look(recipe: Recipe, *, report: Report = silent) -> Source:
     """Reads every row once and the base's headers.  Raises OnlayError, within seconds, for all that shows without torch."""
-    from onlay.data.build import hold_out, resolve_max_tokens
+    from onlay.data.build import resolve_max_tokens
     from onlay.data.labels import find_labels
-    from onlay.data.read import scan
+    from onlay.data.material import read_material, refuse_errors
+    from onlay.data.select import select_rows
     from onlay.data.template import read_template
     from onlay.model.facts import check_targets, read_facts
 
     _check_trackers(recipe)
     if recipe.data.template != "auto":
         read_template(recipe.data.template)
-    head = recipe.adapter.method == "head"
-    # A head reads texts and labels, whatever else the columns could be taken for.
-    section = recipe.data.model_copy(update={"format": "classification"}) if head else recipe.data
-    scanned = scan(section.train, section, limit=section.max_rows)
-    held_out = scan(recipe.evaluation.file, section, limit=None) if recipe.evaluation.file else None
-    held_out_rows = hold_out(recipe, scanned, held_out)
+    material = read_material(recipe, progress=lambda done, total: report(Loading("reading rows", done, total)))
+    refuse_errors(material, recipe)
+    selection = select_rows(material, recipe)
     facts = read_facts(recipe.model, progress=lambda done, total: report(Loading("fetching the base", done, total)))
     if isinstance(recipe.adapter, LoraAdapter):
         check_targets(facts, recipe.adapter.targets)
     resolve_max_tokens(recipe, facts.context_tokens)
     labels = (
-        find_labels(recipe, scanned, held_out_rows, held_out, vocabulary_size=facts.vocabulary_size) if head else []
+        find_labels(recipe, material, selection, vocabulary_size=facts.vocabulary_size)
+        if recipe.adapter.method == "head"
+        else []
     )
-    return Source(recipe=recipe, scan=scanned, held_out_scan=held_out, facts=facts, labels=labels)
+    return Source(recipe=recipe, material=material, selection=selection, facts=facts, labels=labels)
 
 
 def check_device(recipe: Recipe) -> None:
@@ -100,7 +102,7 @@ class Prepared:
     dataset: Dataset
 
     def split(self, name: str) -> Split:
-        from onlay.data.build import open_split
+        from onlay.data.split import open_split
 
         return open_split(self.dataset, name)
 
@@ -121,15 +123,24 @@ def prepare_source(source: Source, *, report: Report = silent) -> Prepared:
     )
     dataset = prepare_dataset(
         recipe,
-        source.scan,
+        source.material,
+        source.selection,
         template,
         tokenizer_digest=tokenizer_digest(facts.path),
         context_tokens=facts.context_tokens,
         cache_folder=ledger.home() / "prepared",
+        cleaner=_open_cleaner(recipe),
         progress=lambda done, total: report(Loading("preparing rows", done, total)),
-        evaluation_scan=source.held_out_scan,
     )
     return Prepared(source=source, tokenizer=tokenizer, template=template, dataset=dataset)
+
+
+def _open_cleaner(recipe: Recipe) -> Cleaner | None:
+    if recipe.data.anonymise == "off":
+        return None
+    from onlay.data.cleaning import open_cleaner
+
+    return open_cleaner(recipe, home=ledger.home())
 
 
 def prepare(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), report: Report = silent) -> Prepared:

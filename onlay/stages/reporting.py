@@ -116,7 +116,7 @@ def _evidence(subject: Subject, material: Material) -> Any:
     """What a run's records and rows say about why answers might loop or not stop."""
     import numpy as np
 
-    from onlay.data.build import open_split
+    from onlay.data.split import open_split
     from onlay.evaluation.causes import Evidence
 
     ends, examples, duplicates, losses = None, None, None, ()

@@ -64,8 +64,8 @@ class Subject:
 
     def rows(self) -> tuple[list[Conversation | Document], str, str]:
         """The held-out rows, where they come from, and a digest of that.  Raises DataError when there are none."""
-        from onlay.data.build import open_split
         from onlay.data.read import scan
+        from onlay.data.split import open_split
 
         if self.data is not None:
             section = self._section_of_data()
@@ -84,6 +84,7 @@ class Subject:
 
     def shot_rows(self, questions: Sequence[Question]) -> list[Conversation]:
         """Training rows that may be shown as examples: none of them asks what is asked."""
+        from onlay.data.cleaning import open_cleaner
         from onlay.data.read import Conversation, Turn, prompt_key, scan
 
         if self.run is None:
@@ -91,17 +92,24 @@ class Subject:
                 f"evaluation.baselines holds few-shot, and {self.what} has no training rows to show.",
                 "Take few-shot off the list, or evaluate a run folder.",
             )
-        section = self.recipe.data
-        format = scan(section.train, section, limit=MOST_SHOT_ROWS).format
-        answer = Turn("assistant", "")
+        section, answer = self.recipe.data, Turn("assistant", "")
         asked = {prompt_key(Conversation((*question.turns, answer))) for question in questions}
+        cleaner = open_cleaner(self.recipe, home=ledger.home())
         found = []
-        for row in _parsed(section.train, format, section, limit=MOST_SHOT_ROWS):
-            if isinstance(row, Conversation) and row.turns[-1].role == "assistant" and prompt_key(row) not in asked:
-                found.append(row)
+        for source in section.train_sources:
+            format = scan(source.file, section, limit=MOST_SHOT_ROWS).format
+            for row in _parsed(source.file, format, section, limit=MOST_SHOT_ROWS):
+                # What was trained on and what is asked has no personal data in it: neither has what is shown.
+                shown = row if cleaner is None else cleaner.clean(row)
+                if (
+                    isinstance(shown, Conversation)
+                    and shown.turns[-1].role == "assistant"
+                    and prompt_key(shown) not in asked
+                ):
+                    found.append(shown)
         if not found:
             raise RecipeError(
-                f"evaluation.baselines holds few-shot, but every row of {section.train} is asked itself.",
+                f"evaluation.baselines holds few-shot, but every row of {section.train_told} is asked itself.",
                 "Take few-shot off the list.",
             )
         return found

@@ -95,7 +95,7 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         prepared = prepare_source(source, report=report)
     if resume and Dataset.load(folder).digest != prepared.dataset.digest:
         raise OutputError(
-            f"The rows of {recipe.data.train} are no longer those that {folder} was begun with.",
+            f"The rows of {recipe.data.train_told} are no longer those that {folder} was begun with.",
             "Put the file back, or start a new run.",
         )
     _tell_smallest_difference(prepared, report)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Examples(Protocol):
-    """Token sequences with their masks: `onlay.data.build.Split`, or a list of them in tests."""
+    """Token sequences with their masks: `onlay.data.split.Split`, or a list of them in tests."""
 
     @property
     def lengths(self) -> np.ndarray: ...

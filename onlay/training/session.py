@@ -26,6 +26,7 @@ from onlay.model.fuse import fuse, unfuse
 from onlay.model.head import ClassificationHead, attach_head, save_head
 from onlay.model.initialize import Held, LoftqFactors
 from onlay.model.load import Base, quiet_transformers, weight_checksums
+from onlay.model.norms import fuse_norms, unfuse_norms
 from onlay.model.recompute import Recompute
 from onlay.model.stack import describe_stack
 from onlay.recipe import FullTuning, HeadAdapter, LoftqAdapter, LoraAdapter, PissaAdapter, Recipe
@@ -109,6 +110,8 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     fast_paths = {"layout": layout.reason, "attention": layout.attention} | base.notes
     if ordinary := fuse(model):
         fast_paths["ordinary_adapters"] = "; ".join(f"{reason}: {layers}" for reason, layers in ordinary.items())
+    if norms := fuse_norms(model):
+        fast_paths["norms"] = norms
     if left_out:
         fast_paths["left_out"] = (
             f"all-linear leaves these out, since an adapter on them would not be used: {', '.join(left_out)}"
@@ -435,6 +438,7 @@ def _finish(
             }
             run = run.model_copy(update={"proofs": run.proofs | {"artefact_sha256": saved}})
     unfuse(model)
+    unfuse_norms(model)
     use_attention(parts.base.model, parts.base.attention)
     parts.devices.wait()
     return run

@@ -15,9 +15,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onlay.data import build
-from onlay.data.build import choose_held_out, coloured, open_split, prepare_dataset, resolve_max_tokens, split_document
+from onlay.data.build import BUILD_NOTES, prepare_dataset, resolve_max_tokens, split_document
+from onlay.data.material import read_material
 from onlay.data.read import Conversation, Document, scan
-from onlay.data.template import ChatTemplate
+from onlay.data.select import select_rows
+from onlay.data.split import coloured, open_split
+from onlay.data.template import NOTES, ChatTemplate
+from onlay.data.writer import SplitWriter
 from onlay.errors import DataError, OutputError, RecipeError
 from onlay.recipe import Recipe, parse_recipe
 from onlay.records import Dataset
@@ -52,9 +56,9 @@ def prepared(tmp_path: Path, recipe: Recipe, **options: Any) -> Dataset:
     template = ChatTemplate(
         options.pop("tokenizer", tokenizer()), template=recipe.data.template, loss_on=recipe.data.loss_on
     )
-    scanned = scan(recipe.data.train, recipe.data, recipe.data.max_rows)
     keywords = {"tokenizer_digest": "tok", "context_tokens": 512, "cache_folder": tmp_path / "cache", **options}
-    return prepare_dataset(recipe, scanned, template, **keywords)
+    material = read_material(recipe)
+    return prepare_dataset(recipe, material, select_rows(material, recipe), template, **keywords)
 
 
 def text_of(ids: np.ndarray) -> str:
@@ -63,7 +67,13 @@ def text_of(ids: np.ndarray) -> str:
 
 
 def found(dataset: Dataset) -> dict[str, int]:
-    return {finding.code: finding.count for finding in dataset.findings}
+    """What the build counted, without what the audit found in the rows."""
+    return {one.code: one.count for one in dataset.findings if one.code in NOTES | BUILD_NOTES}
+
+
+def removed(dataset: Dataset) -> list[dict[str, Any]]:
+    lines = (Path(dataset.path) / "removed.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -105,7 +115,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         assert row.place == evaluation.place(index)
         assert f"Assistant: {row.turns[-1].content}</s>" in text_of(evaluation.example(index)[0])
     assert sorted(p.name for p in Path(dataset.path).iterdir()) == sorted(
-        ["dataset.json", "evaluation.jsonl"]
+        ["dataset.json", "evaluation.jsonl", "removed.jsonl", "sources.json"]
         + [f"{s}.{a}.npy" for s in ("train", "evaluation") for a in ("tokens", "trained", "offsets", "places")]
     )
     assert Dataset.load(Path(dataset.path)) == dataset
@@ -185,10 +195,10 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build._SplitWriter, "add", full)
+    monkeypatch.setattr(SplitWriter, "add", full)
     with pytest.raises(OutputError, match="No space left on device"):
         prepared(tmp_path, recipe_for(write_rows(tmp_path / "a.jsonl", rows(5))))
     assert list((tmp_path / "cache").iterdir()) == []
@@ -215,44 +225,6 @@ def test_chunks_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # -------------------------------------------------------------------------------------------------------------- split
-
-
-def keys_of(groups: list[int]) -> np.ndarray:
-    """A group's key as often as the group is large."""
-    names = [hash((i, "group")) & (2**64 - 1) for i in range(len(groups))]
-    return np.repeat(np.array(names, dtype=np.uint64), groups)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5, 0.9])
-@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_split_is_exact_for_single_prompts(share: float, seed: int) -> None:
-    keys = keys_of([1] * 300)
-    held = choose_held_out(keys, share, seed)
-    assert held.sum() == max(1, round(300 * share))
-    assert (held == choose_held_out(keys, share, seed)).all()
-    order = np.random.default_rng(0).permutation(300)
-    assert (choose_held_out(keys[order], share, seed) == held[order]).all(), (
-        "a row's side must not depend on its position"
-    )
-    assert (held != choose_held_out(keys, share, seed + 1)).any() or seed == 2**32 - 1
-
-
-def test_equal_prompts_stay_together() -> None:
-    groups = [1, 5, 2, 40, 3, 3, 7, 1, 1, 2] * 3
-    keys = keys_of(groups)
-    for share in (0.02, 0.1, 0.3):
-        held = choose_held_out(keys, share, 0)
-        for key in np.unique(keys):
-            assert len(set(held[keys == key].tolist())) == 1
-        assert 1 <= held.sum() <= max(1, round(share * len(keys)))
-        assert held.sum() >= round(share * len(keys)) - 1
-
-
-def test_at_least_one_row_is_held_out_and_one_stays() -> None:
-    assert choose_held_out(keys_of([1, 1]), 0.05, 0).sum() == 1
-    assert choose_held_out(keys_of([1, 1]), 0.99, 0).sum() == 1
-    assert choose_held_out(keys_of([5, 9]), 0.01, 0).sum() == 5, "the smallest group, where none fits"
-    assert not choose_held_out(keys_of([5]), 0.5, 0).any()
 
 
 def test_no_prompt_is_on_both_sides(tmp_path: Path) -> None:
@@ -349,9 +321,11 @@ def lengthy(tmp_path: Path) -> Path:
 def test_overlong_rows_are_dropped_and_listed(tmp_path: Path) -> None:
     path = lengthy(tmp_path)
     dataset = prepared(tmp_path, recipe_for(path, data={"max_tokens": 64}, evaluation={"split": None}))
-    assert dataset.splits["train"].model_dump(include={"rows", "examples"}) == {"rows": 8, "examples": 6}
-    (finding,) = dataset.findings
-    assert (finding.code, finding.count, [row.place for row in finding.rows]) == ("overlong_dropped", 2, [f"{path}:7", f"{path}:8"])
+    assert dataset.splits["train"].model_dump(include={"rows", "examples"}) == {"rows": 6, "examples": 6}
+    (finding,) = [one for one in dataset.findings if one.code in BUILD_NOTES]
+    places = [f"{path}:7", f"{path}:8"]
+    assert (finding.code, finding.count, [row.place for row in finding.rows]) == ("overlong_dropped", 2, places)
+    assert removed(dataset) == [{"file": str(path), "row": number, "reason": "overlong_dropped"} for number in (7, 8)]
     assert "64 tokens" in finding.message
 
 
@@ -408,8 +382,8 @@ def test_documents_of_the_evaluation_split(tmp_path: Path) -> None:
 def test_long_rows_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "CHUNK_CHARACTERS", 100)
     row = build.Row("f", 1, {})
-    sizes = [len(chunk) for chunk in build._chunks((row, Document("x" * n)) for n in (30, 30, 60, 500, 10))]
-    assert sizes == [3, 1, 1]
+    rows = (build._Chosen(index=0, row=row, item=Document("x" * n)) if n else None for n in (30, 0, 30, 60, 500, 10))
+    assert [(len(chunk), read) for chunk, read in build._chunks(rows)] == [(3, 4), (1, 1), (1, 1)]
 
 
 def test_max_rows(tmp_path: Path) -> None:
@@ -437,11 +411,13 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
             out.write(json.dumps({"prompt": f"{i} " + "why? " * 4, "completion": "so. " * 5}) + "\n")
     recipe = recipe_for(path)
     template = ChatTemplate(tokenizer())
-    scanned = scan(str(path), recipe.data)
+    material = read_material(recipe, audit=False)
+    selection = select_rows(material, recipe)
     tracemalloc.start()
     dataset = prepare_dataset(
-        recipe, scanned, template, tokenizer_digest="t", context_tokens=512, cache_folder=tmp_path / "cache"
-    )
+        recipe, material, selection, template, tokenizer_digest="t", context_tokens=512,
+        cache_folder=tmp_path / "cache",
+    )  # fmt: skip
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     tokens = sum(split.tokens for split in dataset.splits.values())

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from onlay.data.build import coloured, hold_out, open_split, prepare_dataset
+from onlay.data.build import prepare_dataset
 from onlay.data.labels import LabelledText, find_labels
+from onlay.data.material import read_material
 from onlay.data.pack import collate
-from onlay.data.read import scan
+from onlay.data.select import select_rows
+from onlay.data.split import coloured, open_split
 from onlay.data.template import ChatTemplate
 from onlay.errors import DataError
 from onlay.recipe import Recipe, parse_recipe
@@ -37,19 +39,19 @@ def recipe_on(rows: Path, **sections: Any) -> Recipe:
 
 
 def labels_of(recipe: Recipe, **options: Any) -> list[str]:
-    scanned = scan(recipe.data.train, recipe.data, recipe.data.max_rows)
-    evaluation = scan(recipe.evaluation.file, recipe.data) if recipe.evaluation.file else None
-    held_out = hold_out(recipe, scanned, evaluation)
-    return find_labels(recipe, scanned, held_out, evaluation, **({"vocabulary_size": VOCABULARY} | options))
+    material = read_material(recipe, audit=False)
+    selection = select_rows(material, recipe)
+    return find_labels(recipe, material, selection, **({"vocabulary_size": VOCABULARY} | options))
 
 
 def prepared(recipe: Recipe, cache: Path, *, words: bool = False) -> tuple[Dataset, LabelledText]:
     encoding = LabelledText(tiny_tokenizer(), labels_of(recipe))
     template = ChatTemplate(tiny_tokenizer()) if words else encoding
-    scanned = scan(recipe.data.train, recipe.data)
+    material = read_material(recipe, audit=False)
     dataset = prepare_dataset(
-        recipe, scanned, template, tokenizer_digest="t", context_tokens=512, cache_folder=cache / "cache"
-    )
+        recipe, material, select_rows(material, recipe), template, tokenizer_digest="t", context_tokens=512,
+        cache_folder=cache / "cache",
+    )  # fmt: skip
     return dataset, encoding
 
 
@@ -137,7 +139,7 @@ def test_rows_that_are_held_out_by_a_share_do_not_name_labels(tmp_path: Path) ->
     """Whatever rows the seed holds out: a label of theirs alone is refused, at its own row."""
     data = write(tmp_path / "rows.jsonl", [(f"text {i}", f"label {i}") for i in range(10)])
     recipe = recipe_on(data, evaluation={"split": 0.2})
-    held = np.flatnonzero(hold_out(recipe, scan(str(data), recipe.data), None))  # type: ignore[arg-type]
+    held = np.flatnonzero(select_rows(read_material(recipe, audit=False), recipe).held_out)
     with pytest.raises(DataError, match=rf"rows\.jsonl:{held[0] + 1}: its label 'label {held[0]}' is held out"):
         labels_of(recipe)
 

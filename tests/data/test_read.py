@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onlay.data import read, sources
+from onlay.data import json_lists, read
 from onlay.data.read import Conversation, Document, ToolCall, Turn, parse, prompt_key, scan
-from onlay.data.sources import read_rows
+from onlay.data.sources import Reading, Row, read_rows
 from onlay.errors import DataError
 from onlay.recipe import DataSection
 
@@ -296,7 +296,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("a.txt", b"caf\xe9", "{file} is not UTF-8 text"),
     ("a.parquet", b"not parquet", "{file} cannot be read as Parquet"),
     ("a.jsonl.gz", b"not gzip", "{file} is not a whole gzip file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "T"}\n' * 1000)[:-20], "{file} is not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "T"}\n' * 1000, mtime=0)[:-20], "{file} is not a whole gzip file"),
     ("a.xlsx", b"PK", "{file} has the suffix .xlsx"),
     ("a.jsonl", b'{"title": "t", "body": "b"}', "{file}:1: no known format has these columns: title, body"),
 ]
@@ -350,7 +350,7 @@ ROWS = [{"prompt": f'P{i} {{["é', "completion": f"C{i}"} for i in range(50)]
 def test_json_arrays_stream_in_chunks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None, wrapped: bool
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(json_lists, "CHUNK_CHARACTERS", chunk)
     path = tmp_path / "a.json"
     value: Any = {"version": 12.5, "tags": ["x", [1]], "empty": [], "data": ROWS} if wrapped else ROWS
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
@@ -561,3 +561,151 @@ def test_a_real_file_of_another_shape_says_what_it_holds(real_data: Path) -> Non
     with pytest.raises(DataError) as caught:
         scan(path, section(path))
     assert_two_lines(caught.value, "id, motivation_app, instruction, instances", "data.prompt_field")
+
+
+# ---------------------------------------------------------------------------------------------------------- leniency
+
+
+def leniently(path: Path, **fields: Any) -> tuple[list[int], list[tuple[str | None, int | None]]]:
+    """Numbers of the rows that could be read, and (code, row) of what could not."""
+    bad: list[DataError] = []
+    rows = list(read_rows(str(path), section(path), on_bad=bad.append, **fields))
+    return [row.number for row in rows], [(error.code, error.row) for error in bad]
+
+
+def test_reading_goes_on_after_a_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "a"}\n{\n\n[1]\n\xff\n{"text": "b"}\n' + b"[" * 100_000 + b'\n{"n": ' + b"9" * 5000 + b"}\n{}"
+    )
+    assert leniently(path) == (
+        [1, 6, 9],
+        [("not_json", 2), ("not_an_object", 4), ("not_text", 5), ("not_json", 7), ("not_json", 8)],
+    )
+
+
+def test_reading_goes_on_after_a_bad_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\na,b\nonly one\n"x" y,z\ncaf\xe9,z\n"line\nbreak",c\nd,e\n')
+    assert leniently(path) == ([2, 6, 8], [("not_json", 3), ("not_json", 4), ("not_text", 5)])
+
+
+def test_reading_goes_on_after_an_element_that_is_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, 7, {"text": "b"}, null]')
+    assert leniently(path) == ([1, 3], [("not_an_object", 2), ("not_an_object", 4)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows", "ended"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text": }, {"text": "c"}]', [1], 2),
+        ("a.json", b'[{"text": "a"}, {"text": "b"} {"text": "c"}]', [1, 2], 3),
+        ("a.json", b'[{"text": "a"}, ' + b"[" * 100_000, [1], 2),
+        ("a.json", b'[{"text": "a"}, {"n": ' + b"9" * 5000 + b"}]", [1], 2),
+        ("a.csv", b'text\na\n"b\nc\nd\n', [2], 3),
+        ("a.csv", b"a,a\n1,2\n", [], 1),
+        ("a.txt", b"caf\xe9", [], 1),
+        ("a.jsonl.gz", b"not gzip", [], 1),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "T"}\n', mtime=0)[:-4], [1], 2),
+    ],
+)
+def test_where_reading_ends_is_told_and_what_came_before_is_kept(
+    tmp_path: Path, name: str, content: bytes, rows: list[int], ended: int
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert leniently(path) == (rows, [("reading_ended", ended)])
+
+
+def test_parquet_keeps_the_rows_around_one_that_is_no_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"a", b"\xff", b"c"], type=pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert leniently(tmp_path / "a.parquet") == ([1, 3], [("not_text", 2)])
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-10])
+    assert leniently(tmp_path / "b.parquet") == ([], [("reading_ended", 1)])
+
+
+def test_what_cannot_be_opened_raises_though_reading_is_lenient(tmp_path: Path) -> None:
+    for name in ("missing.jsonl", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(DataError):
+            leniently(tmp_path / name)
+
+
+def test_only_wanted_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n{"text": "c"}\n{"text": "d"}\n')
+    assert leniently(path, only={3}) == ([3], [])  # The broken line is not even decoded.
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"}, {"text": "c"}]')
+    assert leniently(tmp_path / "a.json", only={1, 3}) == ([1, 3], [])
+
+
+def test_reading_says_how_far_it_is(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 2000)
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for one in (path, packed):
+        reading = Reading()
+        shares = [reading.share for _ in read_rows(str(one), section(one), reading=reading)]
+        assert shares == sorted(shares) and 0 < shares[0] <= shares[-1] <= 1
+        assert reading.total == one.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"prompt": "P"}, "missing_field"),
+        ({"prompt": "P", "completion": None}, "missing_field"),
+        ({"prompt": " ", "completion": "C"}, "empty_field"),
+        ({"prompt": "P", "completion": ["x"]}, "wrong_type"),
+        ({"prompt": "P", "completion": "half \ud800"}, "not_text"),
+        ({"prompt": "P", "completion": "C", "system": 3}, "wrong_type"),
+        ({"prompt": "P", "completion": "C", "tools": "no"}, "wrong_type"),
+        ({"messages": CHAT}, "mixed_formats"),
+        ({"instruction": "I", "input": "x", "output": "O"}, "mixed_formats"),
+    ],
+)
+def test_errors_of_pairs_have_codes(values: dict[str, Any], code: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(Row("f", 7, values), "prompt_completion", section())
+    assert (caught.value.code, caught.value.row) == (code, 7)
+
+
+@pytest.mark.parametrize(
+    ("turns", "code"),
+    [
+        ([], "empty_field"),
+        ([{"role": "user", "content": "Q"}], "missing_field"),
+        ([{"content": "Q"}], "missing_field"),
+        ([{"role": "user"}], "missing_field"),
+        ([{"role": "robot", "content": "Q"}], "unknown_role"),
+        ([{"role": ["user"], "content": "Q"}], "unknown_role"),
+        ([{"role": "assistant", "content": " "}], "empty_field"),
+        ([{"role": "assistant", "content": 3}], "wrong_type"),
+        ([{"role": "assistant", "content": "A", "weight": 2}], "wrong_type"),
+        ([{"role": "assistant", "content": [{"type": {}, "text": "A"}]}], "wrong_type"),
+        ([{"role": "assistant", "tool_calls": [{"name": "\ud800"}]}], "not_text"),
+        ([{"role": "assistant", "content": "A", "reasoning": "\udc00"}], "not_text"),
+        (["text"], "wrong_type"),
+    ],
+)
+def test_errors_of_messages_have_codes(turns: list[Any], code: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(Row("f", 7, {"messages": turns}), "messages", section())
+    assert (caught.value.code, caught.value.row) == (code, 7)
+
+
+def test_a_row_that_lacks_a_field_is_not_taken_for_another_format() -> None:
+    for values, format in (({"input": "x", "output": "O"}, "alpaca"), ({"text": "T"}, "classification")):
+        with pytest.raises(DataError) as caught:
+            parse(Row("f", 1, values), format, section())
+        assert caught.value.code == "missing_field"
+
+
+def test_a_format_that_was_asked_for_reads_rows_of_several_looks() -> None:
+    row = Row("f", 1, {"instruction": "I", "input": "x", "output": "O"})
+    item = parse(row, "prompt_completion", section(format="prompt_completion"))
+    assert isinstance(item, Conversation) and untrained(item.turns) == (("user", "x"), ("assistant", "O"))

@@ -250,3 +250,23 @@ def test_waits_double_and_end_at_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
     assert delay_seconds(0, retry_after="3600") == 60
     for unread in ("soon", "-1", "nan", "inf", "", "Wed, 21 Oct 2026 07:28:00 GMT"):
         assert delay_seconds(1, retry_after=unread) == 2
+
+
+def test_completions_say_how_they_ended_and_tokens_are_counted() -> None:
+    def reply(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
+        body: dict[str, Any] = {"choices": [{"message": {"content": prompt}}]}
+        if prompt == "cut":
+            body["choices"][0]["finish_reason"] = "length"
+        if prompt != "uncounted":
+            body["usage"] = {"prompt_tokens": 7, "completion_tokens": 2}
+        return 200, {}, json.dumps(body)
+
+    with serving(reply) as server:
+        model = Endpoint(base_url=server.address, model="m", temperature=0.7, part="model")
+        found = dict(model.complete(["cut", "whole", "uncounted"]))
+        server.answer = lambda number, prompt: (500, {}, "")
+        with pytest.raises(SetupError, match=r"The model m at .* gave no reply"):
+            list(model.complete(["x"]))
+    assert {place: one.cut for place, one in found.items()} == {0: True, 1: False, 2: False}
+    assert (model.prompt_tokens, model.answer_tokens) == (14, 4)
+    assert {body["temperature"] for body in server.bodies} == {0.7}

@@ -7,30 +7,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from markupsafe import Markup
 
-from onlay.evaluation.plots import LABELS, MOST_POINTS, NUMBERS, WIDTH, bars, forest, losses, ticks
+from onlay.evaluation.plots import MOST_POINTS, bars, forest, losses
+from onlay.pages.drawing import LABELS, NUMBERS, WIDTH
 from tests.evaluation.reports import comparison, full_report, metrics
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def tree(svg: Markup | None) -> ElementTree.Element:
-    """Parses it as XML, and refuses what would fetch something."""
-    assert svg is not None
-    assert "href" not in svg and "url(" not in svg and svg.count("http") == 1
-    root = ElementTree.fromstring(svg)
-    named = {element.get("id") for element in root.iter()} - {None}
-    assert set(str(root.get("aria-labelledby")).split()) <= named
-    return root
-
-
-def drawn(root: ElementTree.Element, style: str) -> list[ElementTree.Element]:
-    return [element for element in root.iter() if style in (element.get("class") or "").split()]
-
-
-def texts(root: ElementTree.Element) -> list[str]:
-    return [element.text or "" for element in root.iter(f"{SVG}text")]
+from tests.pages.parsing import SVG, drawn, texts, tree
 
 
 def positions(element: ElementTree.Element) -> list[tuple[float, float]]:
@@ -143,22 +124,3 @@ def test_names_from_outside_are_escaped_cut_and_kept_whole_in_the_title() -> Non
     assert str(shown.text).endswith("…") and len(str(shown.text)) < 40
     assert shown.findtext(f"{SVG}title") == name.replace("\x00", "\ufffd")
     tree(forest([comparison(name, against=name, verdict=name)], name="a", title=name))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (-5.6, 16.5, [-5, 0, 5, 10, 15]),
-        (0.0, 2e-4, [0, 5e-5, 1e-4, 1.5e-4, 2e-4]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("width", [1e-9, 0.37, 3.0, 9.99, 10.0, 12345.6])
-def test_ticks_are_few_within_and_evenly_apart(width: float) -> None:
-    for low in (-width / 3, 0.0, 17.3):
-        found = ticks(low, low + width)
-        assert 2 <= len(found) <= 6 and low - 1e-9 <= found[0] and found[-1] <= low + width + 1e-9

@@ -26,12 +26,15 @@ KINDS: dict[str, Kind] = {
     "missing_field": Kind("error", "rows without a field that the format needs", "Fill the field in, delete the row, or name your columns in the data section."),
     "empty_field": Kind("error", "rows with an empty prompt or answer", "Fill it, or delete the row."),
     "wrong_type": Kind("error", "rows with a field of the wrong type", "Write the field as the format needs it."),
-    "roles_order": Kind("error", "conversations whose turns are in an order that no template has", "Put the system message first, alternate user and assistant, and let a tool's result follow its call."),
+    "unknown_role": Kind("error", "conversations with a role that is not known", "Use system, user, assistant and tool."),
+    "reading_ended": Kind("error", "places at which reading ended early; what comes after them in the file was not looked at", "Mend the file there: the reason says what was expected."),
+    "roles_order": Kind("error", "conversations whose turns are in an order that most templates refuse", "Put the system message first, alternate user and assistant, and let a tool's result follow its call."),
     "mixed_formats": Kind("error", "rows in another format than the first rows", "Keep one format in a file."),
+    "template_refused": Kind("error", "rows that the base's chat template refuses", "Put the turns in the order that it wants, or choose another data.template."),
     "placeholder_answer": Kind("warning", "answers that are placeholders or speak of being an AI", "Write the answer, or delete the row."),
     "broken_encoding": Kind("warning", "rows with broken characters (mojibake, replacement or control characters)", "Read the source in its true encoding and write the rows again."),
     # Size
-    "few_rows": Kind("warning", "training rows, fewer than the {least} that {method} usually needs", "Collect more rows, or expect the adapter to repeat what it saw."),
+    "few_rows": Kind("warning", "training rows, fewer than {least}; {method} is usually given {typical}", "Collect more rows, or expect the adapter to repeat what it saw."),
     "overlong_rows": Kind("warning", "rows longer than {max_tokens} tokens; data.overlong = {overlong} decides what becomes of them", "Raise data.max_tokens, or split the rows."),
     # Duplicates
     "duplicates_exact": Kind("warning", "rows that repeat an earlier row (up to case, punctuation and white space)", "Set data.duplicates: drop_exact."),
@@ -82,6 +85,22 @@ KINDS: dict[str, Kind] = {
 RANK = {"error": 0, "warning": 1, "note": 2}
 
 
+def finding(code: str, *, count: int, told: Mapping[str, object] | None = None) -> Finding:
+    """A finding about the data as a whole, which no row is an example of."""
+    kind = KINDS[code]
+    return Finding(
+        code=code,
+        severity=kind.severity,
+        count=count,
+        message=kind.message.format(**(told or {})),
+        remedy=kind.remedy,
+    )
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda one: (RANK[one.severity], -one.count, one.code))
+
+
 class Tally:
     """Rows by code, as (source, row number), 12 bytes each; a row counts once for a code."""
 
@@ -110,8 +129,8 @@ class Tally:
         return len(self._numbers.get(code, ()))
 
     def rows(self, code: str) -> list[tuple[int, int]]:
-        """All (source, row number) of a code."""
-        return list(zip(self._sources.get(code, ()), self._numbers.get(code, ()), strict=True))
+        """All (source, row number) of a code, in order."""
+        return sorted(zip(self._sources.get(code, ()), self._numbers.get(code, ()), strict=True))
 
     def findings(
         self, files: Sequence[str], *, shown: int | None = 20, told: Mapping[str, Mapping[str, object]] | None = None
@@ -127,4 +146,4 @@ class Tally:
                     rows=rows, remedy=kind.remedy,
                 )
             )  # fmt: skip
-        return sorted(found, key=lambda finding: (RANK[finding.severity], -finding.count, finding.code))
+        return worst_first(found)

@@ -1,0 +1,1 @@
+"""What every page has in common: drawings, style, and the manners of a page that runs nothing and fetches nothing."""
