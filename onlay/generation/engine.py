@@ -71,7 +71,6 @@ class Engine:
             self.notes["batch"] = f"fixed groups with the base's own cache, because {self._slots.failure}"
         elif self._slots.fused is not None and next(model.parameters()).device.type == "cuda":
             self.notes["fused_steps"] = f"steps run on the base's own modules: {self._slots.fused}"
-        self._seen: tuple[str, ...] = ()
         self._by_row = False
         self._look()
 
@@ -100,7 +99,6 @@ class Engine:
         import torch
 
         from onlay.generation.adapters import RowAdapters, base_of, refuse_mixing, switched
-        from onlay.generation.fused import FusedDecoding
 
         self._look()
         self._check(requests)
@@ -122,7 +120,8 @@ class Engine:
                     jobs = {i: requests[i] for i in indices}
                     with ExitStack() as stack:
                         rows, base = None, base_of(self.model)
-                        fused = FusedDecoding(base) if self._slots.fused is None else None
+                        # Switched adapters compute in two precisions, which the fused steps were not tried with.
+                        fused = self._slots.steps if self._by_row or not self.adapters else None
                         if self._by_row:
                             shared = fused.groups if fused is not None else []
                             rows = stack.enter_context(RowAdapters(self.model, groups=shared))
@@ -141,9 +140,6 @@ class Engine:
         """How the adapters that are loaded now are told apart in a batch."""
         from onlay.generation.adapters import why_not_by_row
 
-        if self.adapters == self._seen:
-            return
-        self._seen = self.adapters
         reason = why_not_by_row(self.model) if self.adapters else None
         if self._slots.failure is not None:
             reason = "the base answers in fixed groups"

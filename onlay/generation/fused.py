@@ -7,6 +7,7 @@ believed: onlay/generation/prove.py compares the logits of a walk over slots wit
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,16 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_TOLD = {
+    "self",
+    "hidden_states",
+    "position_embeddings",
+    "attention_mask",
+    "past_key_values",
+    "cache_position",
+    "kwargs",
+}
+"""What a usual attention's forward is told; one that asks for more computes more (from positions, for example)."""
 _ODD = ("attn_logit_softcapping", "sinks", "attention_chunk_size", "clip_qkv", "qk_layernorm", "residual_multiplier")
 """Attributes of attentions and layers that do more than the usual."""
 
@@ -35,18 +46,24 @@ class FusedDecoding:
     def __init__(self, base: Any) -> None:
         """base: without PEFT's wrapper, its layers may be PEFT's."""
         config = base.config.get_text_config()
-        self._attentions = [m for m in base.modules() if _is_attention(m, config)]
+        plain = {id(m) for m in base.modules() if is_rms_norm(m)}
+        self._attentions = [m for m in base.modules() if _is_attention(m, config, plain)]
         self._mlps = [m for m in base.modules() if _is_mlp(m)]
         heads = {id(norm) for m in self._attentions for norm in (_norm_of(m, "q_norm"), _norm_of(m, "k_norm"))}
-        self._norms = [m for m in base.modules() if id(m) not in heads and is_rms_norm(m)]
+        self._norms = [m for m in base.modules() if id(m) in plain - heads]
         whole = {id(m) for m in (*self._attentions, *self._mlps)}
-        self._layers = [m for m in base.modules() if _is_layer(m, config, whole)]
+        self._layers = [m for m in base.modules() if _is_layer(m, config, whole, plain)]
         self._replaced: list[nn.Module] = []
         self._adapters: RowAdapters | None = None
 
     @property
     def found(self) -> bool:
         return bool(self._attentions or self._mlps)
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the heads that are rotated by the kernel."""
+        return sorted({int(m.head_dim) for m in self._attentions})
 
     @property
     def groups(self) -> list[tuple[nn.Module, ...]]:
@@ -153,32 +170,40 @@ def _is_step(hidden_states: Tensor, cache: Any) -> bool:
     return hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and isinstance(cache, SlotCache)
 
 
-def _is_layer(module: Any, config: Any, whole: set[int]) -> bool:
+def _is_layer(module: Any, config: Any, whole: set[int], plain: set[int]) -> bool:
     """Whether it is the usual pre-norm layer around an attention and an MLP that were recognised."""
     children = dict(module.named_children())
     if set(children) != _LAYER or not {id(children["self_attn"]), id(children["mlp"])} <= whole:
         return False
-    if any(getattr(owner, name, None) is not None for owner in (module, config) for name in _ODD):
+    if _is_odd(module, config):
         return False
-    return all(is_rms_norm(children[name]) for name in ("input_layernorm", "post_attention_layernorm"))
+    return {id(children[name]) for name in ("input_layernorm", "post_attention_layernorm")} <= plain
 
 
-def _is_attention(module: Any, config: Any) -> bool:
-    names = {name for name, _ in module.named_children()}
+def _is_attention(module: Any, config: Any, plain: set[int]) -> bool:
+    """`plain`: ids of the RMSNorms of the usual form."""
+    children = dict(module.named_children())
+    names = set(children)
     if not names >= _ATTENTION or names - _ATTENTION - _HEAD_NORMS or names & _HEAD_NORMS not in (set(), _HEAD_NORMS):
+        return False
+    if set(inspect.signature(type(module).forward).parameters) - _TOLD or not getattr(module, "is_causal", False):
         return False
     width = getattr(module, "head_dim", None)
     if width is None or not fits(width) or not hasattr(module, "scaling") or not hasattr(module, "layer_idx"):
         return False
-    if any(getattr(owner, name, None) is not None for owner in (module, config) for name in _ODD):
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    if _is_odd(module, config) or (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         return False
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     outputs = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
-    if outputs != [heads * width, groups * width, groups * width] or not getattr(module, "is_causal", False):
+    if outputs != [heads * width, groups * width, groups * width]:
         return False
-    return all(
-        norm is None or tuple(norm.weight.shape) == (width,) for norm in (_norm_of(module, n) for n in _HEAD_NORMS)
-    ) and (not names & _HEAD_NORMS or all(is_rms_norm(getattr(module, name)) for name in _HEAD_NORMS))
+    norms = [children[name] for name in names & _HEAD_NORMS]
+    return all(id(norm) in plain and tuple(norm.weight.shape) == (width,) for norm in norms)
+
+
+def _is_odd(module: Any, config: Any) -> bool:
+    return any(getattr(owner, name, None) is not None for owner in (module, config) for name in _ODD)
 
 
 def _is_mlp(module: Any) -> bool:

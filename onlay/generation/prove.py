@@ -1,7 +1,8 @@
 """Whether the rows of a base can be slots: tried, not believed.
 
 Two rows are computed alone without a cache, and as slots: one padded beside the other, one admitted late, both moved.
-Logits must agree; else the base answers in fixed groups.  The fused steps (fused.py) are tried first, then its own modules.
+Logits must agree; else the base answers in fixed groups.  The fused steps (fused.py) are tried first, also at the end of the
+context, where they must agree with the base's own modules; then its own modules alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from onlay.generation.adapters import base_of, switched
 from onlay.generation.fused import FusedDecoding
 from onlay.generation.slots import SLOT_ATTENTION, MaskForm, Slots, attention
-from onlay.kernels.decode import has_kernels
+from onlay.kernels.decode import has_kernels, why_not
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Proven:
     """Without slots: whether padding leaves a row as it is.  A recurrent state runs through it in some bases."""
     fused: str | None
     """Why steps do not run on the fused kernels; None when they do."""
+    steps: FusedDecoding | None
+    """The fused steps, where they do."""
     alone_over: int | None
     """Rows longer than this change what the others of their batch are computed with; None: never."""
 
@@ -45,34 +48,48 @@ def prove_slots(model: nn.Module, *, context_tokens: int | None) -> Proven:
     alone_over = _frequencies_change_over(base.config)
     pads = not getattr(base, "_is_stateful", False)
     failure = _structure(base)
-    fused = _why_not_fused(base)
+    fused: str | None = failure
     if failure is None:
         takes_ours = getattr(type(base), "_supports_attention_backend", False)
+        steps, fused = _fused(base) if takes_ours else (None, "it does not take other attentions")
         ways = [(name, fuses) for name in ([SLOT_ATTENTION] if takes_ours else []) for fuses in (True, False)]
         for name, fuses in [*ways, (None, False)]:
-            if fuses and fused is not None:
+            if fuses and steps is None:
                 continue
             was_training = model.training
             model.eval()
             try:
-                steps = FusedDecoding(base) if fuses else nullcontext()
-                with torch.inference_mode(), switched(model, None), steps:
-                    failure, bytes_a_token = _try(base, name, context_tokens)
+                with torch.inference_mode(), switched(model, None):
+                    failure, bytes_a_token = _try(
+                        base, name, context_tokens, steps=steps if fuses else None, alone_over=alone_over
+                    )
             finally:
                 model.train(was_training)
             if failure is None:
                 return Proven(
-                    None, attention=name, bytes_a_token=bytes_a_token, pads=pads, fused=fused, alone_over=alone_over
-                )
+                    None, attention=name, bytes_a_token=bytes_a_token, pads=pads, fused=fused, steps=steps if fuses else None,
+                    alone_over=alone_over,
+                )  # fmt: skip
             if fuses:
                 fused = failure
-    return Proven(failure, attention=None, bytes_a_token=0, pads=pads, fused=failure, alone_over=alone_over)
+    return Proven(
+        failure, attention=None, bytes_a_token=0, pads=pads, fused=fused, steps=None, alone_over=alone_over
+    )  # fmt: skip
 
 
-def _why_not_fused(base: Any) -> str | None:
-    if not has_kernels(next(base.parameters()).device):
-        return "the kernels need a GPU and Triton"
-    return None if FusedDecoding(base).found else "its blocks have another form"
+def _fused(base: Any) -> tuple[FusedDecoding | None, str | None]:
+    """The fused steps of a base, or why there are none."""
+    embedding = base.get_input_embeddings().weight
+    if not has_kernels(embedding.device):
+        return None, "the kernels need a GPU and Triton"
+    steps = FusedDecoding(base)
+    if not steps.found:
+        return None, "its blocks have another form"
+    for width in steps.widths:
+        reason = why_not(width=width, dtype=embedding.dtype, device=embedding.device)
+        if reason is not None:
+            return None, reason
+    return steps, None
 
 
 def _structure(base: Any) -> str | None:
@@ -102,7 +119,9 @@ def _frequencies_change_over(config: Any) -> int | None:
     return int(min([limit for limit in limits if limit] or [config.max_position_embeddings]))
 
 
-def _try(base: Any, name: str | None, context_tokens: int | None) -> tuple[str | None, int]:
+def _try(
+    base: Any, name: str | None, context_tokens: int | None, *, steps: FusedDecoding | None, alone_over: int | None
+) -> tuple[str | None, int]:
     """None when slots give the logits of each row alone, else what differed; and the bytes of a token's keys and values."""
     device = next(base.parameters()).device
     vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -119,9 +138,12 @@ def _try(base: Any, name: str | None, context_tokens: int | None) -> tuple[str |
             input_ids=torch.stack([padded, second]), attention_mask=mask, use_cache=False,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         ).logits  # fmt: skip
+        last = _last_position(base.config, context_tokens, alone_over)
         with attention(base, name):
-            slots = Slots(base, rows=3, columns=36, longest=30, piece_tokens=9, graphs=False)
-            found = _walk(slots, first, second)
+            slots = Slots(base, rows=3, columns=36, longest=last + 1, piece_tokens=9, graphs=False)
+            with steps or nullcontext():
+                found = _walk(slots, first, second)
+            far = None if steps is None else _far(slots, steps, position=last)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -131,11 +153,28 @@ def _try(base: Any, name: str | None, context_tokens: int | None) -> tuple[str |
     limit = math.sqrt(max(torch.finfo(dtype).eps for dtype in (own.dtype, torch.float32)))
     if own.dtype in (torch.bfloat16, torch.float16):
         limit = max(limit, 2 * _difference(own[0, -len(first) :], alone[0]), 2 * _difference(own[1], alone[1]))
+    if far is not None and not far <= limit:
+        return f"logits at position {last:,} differ by {far:.1e} from the modules' own, allowed {limit:.1e}", 0
     for row, logits in enumerate(alone):
         difference = _difference(torch.stack([one for _, one in found[row]]), logits[[at for at, _ in found[row]]])
         if not difference <= limit:
             return f"logits of row {row + 1} differ by {difference:.1e}, allowed {limit:.1e}", 0
     return None, slots.bytes_a_token
+
+
+def _last_position(config: Any, context_tokens: int | None, alone_over: int | None) -> int:
+    """The last that rows of one batch come to; at least 29."""
+    known = (context_tokens, getattr(config.get_text_config(), "max_position_embeddings", None), alone_over)
+    return max(30, min([tokens for tokens in known if tokens] or [30])) - 1
+
+
+def _far(slots: Slots, steps: FusedDecoding, *, position: int) -> float:
+    """How far fused steps and the modules' own are apart at a late position: some scale queries by it."""
+    ids = torch.arange(slots.rows, device=slots.device)
+    active = list(range(slots.rows))
+    own = slots.probe(ids, position=position, active=active)
+    with steps:
+        return _difference(slots.probe(ids, position=position, active=active), own)
 
 
 def _walk(slots: Slots, first: Tensor, second: Tensor) -> list[list[tuple[int, Tensor]]]:

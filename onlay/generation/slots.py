@@ -131,6 +131,20 @@ class Slots:
         self._positions += 1
         return logits
 
+    def probe(self, ids: Tensor, *, position: int, active: Sequence[int]) -> Tensor:
+        """Logits (rows, V) of a step that is not kept, as if every row's next token were at `position`."""
+        assert self._cache is not None
+        if self.column == self.columns:
+            self._move(max(self.lengths(active)))
+        before = self._positions.clone()
+        self._ids.copy_(ids)
+        self._positions.fill_(position)
+        self._cache.column.fill_(self.column)
+        self._cache.end = self.column + 1
+        logits = self._forward()
+        self._positions.copy_(before)
+        return logits
+
     def keep(self, rows: Sequence[int]) -> None:
         """The batch goes on with these rows only, in this order, right-aligned at the longest of them."""
         assert self._cache is not None

@@ -68,7 +68,10 @@ def rotate_and_store(
     """Rotated queries (N, heads, D); writes rotated keys and the values into `column` (1,) of keys and values, in place.
 
     q (N, heads * D), k and v (N, groups * D); updates and norms in the order q, k(, v).
+    Raises ValueError where the tables are not as wide as the heads: then only a part of each head is rotated.
     """
+    if cos.shape[-1] != keys.shape[-1] or sin.shape[-1] != keys.shape[-1]:
+        raise ValueError(f"rotary tables of width {cos.shape[-1]} for heads of width {keys.shape[-1]}")
     if has_kernels(q.device):
         from onlay.kernels.decode_triton import rotate_and_store as fast
 
@@ -125,6 +128,67 @@ def add_residual(x: Tensor, y: Tensor, *, update: Update | None = None) -> Tenso
         total: Tensor = fast(x, y, update=update)
         return total
     return x + _updated(y, update)
+
+
+# --------------------------------------------------------------------------------------------------------------- trial
+
+
+def why_not(*, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What keeps the fast kernels from running for heads of this width: compiled and compared, adapters and norms included.
+
+    None where nothing does, and where the reference runs anyway.
+    """
+    if not has_kernels(device):
+        return None
+    from onlay.kernels import decode_triton
+
+    def draw(*shape: int, seed: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+    rows, rank = 5, 24
+    hidden = draw(rows, rank, seed=0)
+    update = Update(hidden=hidden, b=draw(rank, width, seed=1))
+    norm = HeadNorm(weight=draw(width, seed=2), eps=1e-6)
+    q, k, v, cos, sin = (draw(rows, width, seed=seed) for seed in range(3, 8))
+    column = torch.tensor([1], device=device)
+    try:
+        for norms in (None, (norm, norm)):
+            found = []
+            for function in (decode_triton.rotate_and_store, reference_rotate_and_store):
+                keys, values = (torch.zeros(rows, 1, 2, width, dtype=dtype, device=device) for _ in range(2))
+                queries = function(
+                    q,
+                    k,
+                    v,
+                    cos=cos,
+                    sin=sin,
+                    keys=keys,
+                    values=values,
+                    column=column,
+                    updates=(update,) * 3,
+                    norms=norms,
+                )
+                found.append(torch.cat([queries.flatten(), keys.flatten(), values.flatten()]))
+            if (reason := _differ(*found)) is not None:
+                return reason
+        for fast, slow in (
+            (decode_triton.swiglu(q, k, updates=(update, update)), reference_swiglu(q, k, updates=(update, update))),
+            (decode_triton.add_residual(q, k, update=update), q + _updated(k, update)),
+        ):  # fmt: skip
+            if (reason := _differ(fast, slow)) is not None:
+                return reason
+    except (RuntimeError, decode_triton.TritonError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"the kernels do not run here: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    return None
+
+
+def _differ(found: Tensor, expected: Tensor) -> str | None:
+    difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+    # Each number is rounded a few times on either way.
+    limit = 8 * torch.finfo(expected.dtype).eps
+    return None if difference <= limit else f"the kernels differ by {difference:.1e}, allowed {limit:.1e}"
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

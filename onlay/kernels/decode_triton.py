@@ -10,8 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from onlay.kernels.updates import MOST_ROWS, HeadNorm, Update
+
+__all__ = ["TritonError", "add_residual", "rotate_and_store", "swiglu"]
 
 BLOCK_SUM = 64
 """Ranks that are multiplied at a time."""
@@ -173,7 +176,8 @@ def rotate_and_store(
         cos.contiguous(), sin.contiguous(), norms[0].weight if norms else q, norms[1].weight if norms else q,
         norms[0].eps if norms else 0.0, out, keys, values, column, rows, columns,
         HEADS=heads, GROUPS=groups, HALF=width // 2, S_Q=s_q, S_K=s_k, S_V=s_v,
-        BLOCK=2 * BLOCK_SUM, BLOCK_N=block, NORM=norms is not None,
+        # Twice as wide tiles of float32 would not fit the shared memory of smaller GPUs.
+        BLOCK=2 * BLOCK_SUM if q.element_size() == 2 else BLOCK_SUM // 2, BLOCK_N=block, NORM=norms is not None,
     )  # fmt: skip
     return out
 

@@ -314,3 +314,18 @@ def test_an_answer_that_ends_within_a_character_is_streamed_to_its_end() -> None
     tokenizer = tiny_tokenizer()
     ids = tokenizer("ab🙂", add_special_tokens=False)["input_ids"][:-1]
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_an_adapter_that_took_the_place_of_another_is_looked_at_again() -> None:
+    model = adapters_on(tiny_model("llama"))
+    engine = Engine(model, stop_token_ids=[STOP], pad_token_id=PAD, context_tokens=CONTEXT_TOKENS)
+    engine.generate([Request(PROMPTS[0], "one")], sampling=GREEDY)
+    assert "adapters" not in engine.notes
+    model.delete_adapter("one")
+    model.add_adapter("one", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    engine.generate([Request(PROMPTS[0], "one")], sampling=GREEDY)
+    assert "adapters" not in engine.notes
+    model.base_model.set_adapter("two")
+    model.base_model.merge_adapter(["two"])
+    engine.generate([Request(PROMPTS[0], "one")], sampling=GREEDY)
+    assert "an adapter is merged" in engine.notes["adapters"]

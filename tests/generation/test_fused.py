@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from onlay.generation import prove
 from onlay.generation.adapters import RowAdapters, base_of
 from onlay.generation.fused import FusedDecoding
 from onlay.generation.slots import SLOT_ATTENTION, Slots, attention
+from onlay.kernels.decode import rotate_and_store
 from tests.builders import shake, tiny_model
 
 WIDE_HEADS = {"head_dim": 32}
@@ -109,3 +112,87 @@ def test_prompts_and_training_go_through_the_modules() -> None:
     expected = model(input_ids=ids).logits
     with FusedDecoding(model):
         assert float((model(input_ids=ids).logits - expected).detach().abs().max()) < 2e-5
+
+
+# ----------------------------------------------------------------------------------------------------------- the proof
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof as on a GPU, with the references in the place of the kernels."""
+    monkeypatch.setattr(prove, "has_kernels", lambda _: True)
+    monkeypatch.setattr(prove, "why_not", lambda **_: None)
+
+
+class AsksForPositions(LlamaAttention):
+    def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, **kwargs)
+
+
+class ScalesLate(LlamaAttention):
+    """Like those that scale their queries beyond the length they were trained at."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        late = (kwargs["position_ids"] > 100)[:, :, None].to(hidden_states.dtype)
+        return super().forward(hidden_states * (1 + late), position_embeddings, **kwargs)
+
+
+def of_class(kind: type[nn.Module]) -> Any:
+    model = wide_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = kind
+    return model
+
+
+@pytest.mark.usefixtures("believed")
+def test_the_usual_form_is_proven_to_the_end_of_the_context() -> None:
+    proven = prove.prove_slots(wide_model("llama"), context_tokens=512)
+    assert proven.failure is None
+    assert proven.fused is None
+    assert proven.steps is not None
+
+
+@pytest.mark.usefixtures("believed")
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(AsksForPositions, "another form"), (ScalesLate, "logits at position 511 differ")]
+)
+def test_attentions_that_compute_more_are_not_fused(kind: type[nn.Module], reason: str) -> None:
+    model = of_class(kind)
+    # Without it the MLPs of layers whose attention is not covered would still be.
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+    proven = prove.prove_slots(model, context_tokens=512)
+    assert proven.failure is None, "its own modules decode it"
+    assert proven.fused is not None
+    assert reason in proven.fused
+    assert proven.steps is None
+
+
+def test_kernels_that_do_not_run_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "has_kernels", lambda _: True)
+    monkeypatch.setattr(prove, "why_not", lambda **_: "the kernels do not run here: OutOfResources")
+    proven = prove.prove_slots(wide_model("llama"), context_tokens=512)
+    assert proven.failure is None
+    assert proven.fused == "the kernels do not run here: OutOfResources"
+
+
+def test_tables_of_another_width_are_refused() -> None:
+    """Where only a part of each head is rotated."""
+    wide, narrow = torch.zeros(2, 32), torch.zeros(2, 16)
+    room = torch.zeros(2, 1, 4, 32)
+    with pytest.raises(ValueError, match="tables of width 16 for heads of width 32"):
+        rotate_and_store(
+            wide, wide, wide, cos=narrow, sin=narrow, keys=room, values=room, column=torch.zeros(1, dtype=torch.long)
+        )
+
+
+def test_norms_without_a_weight_are_no_reason_to_stop() -> None:
+    class Bare(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = wide_model("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.q_norm, layer.self_attn.k_norm = Bare(), Bare()
+    with FusedDecoding(model):
+        assert not any("forward" in vars(layer.self_attn) for layer in model.model.layers)
