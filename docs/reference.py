@@ -66,7 +66,7 @@ CONSTANTS = {
         "training/session.py:CHECKPOINTS_A_RUN": "checkpoints of a run where `training.checkpoint_steps` is not set",
     },
     "audit": {
-        "stages/auditing.py:FEW_ROWS": "fewer training rows than this are few",
+        "data/audit/size.py:FEW_ROWS": "fewer training rows than this are few",
         "data/audit/words.py:SHINGLE_WORDS": "words in a row that make a shingle",
         "data/audit/candidates.py:CANDIDATE_RECALL": "least probability that two rows at the threshold are compared at all",
         "data/audit/overlap.py:PROMPT_THRESHOLD": "similarity from which two prompts ask nearly the same",

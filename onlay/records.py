@@ -6,6 +6,7 @@ Each holds in `sources` the digests of what it was made from, so the chain behin
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -64,7 +65,8 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(out.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # Where a folder of the path is a file, not even this can be asked.
+            temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path} could not be written: {error.strerror}.", "Free disk space, or choose another folder."
         ) from None
@@ -101,9 +103,9 @@ class ModelFacts(Record):
 class SplitFacts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rows: int
-    """Rows of the source that are in this split."""
+    """Rows of the sources that have examples in this split."""
     examples: int
-    """Token sequences; more than rows where long text was split, fewer where rows were dropped."""
+    """Token sequences; more than rows where text was split or rows repeat."""
     tokens: int
     trained_tokens: int
     longest_tokens: int

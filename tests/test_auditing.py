@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from onlay import ledger, stages
-from onlay.errors import DataError, RecipeError
+from onlay.errors import DataError, OutputError, RecipeError
+from onlay.recipe import Recipe
 from onlay.records import Audit, Finding
 from tests.builders import save_tiny_base, write_rows
 
@@ -158,6 +159,96 @@ def test_what_cannot_be_looked_at_raises() -> None:
         stages.audit("rows.jsonl", overrides=["data.near_treshold=0.9"])
 
 
+def test_a_page_is_written_over_no_file_of_the_audit_s_and_over_nothing_but_a_page() -> None:
+    from onlay.data.audit.destination import check_destination
+    from onlay.data.audit.page import write_page
+
+    write("a.jsonl", [good(number) for number in range(5)])
+    write("held.jsonl", [good(900)])
+    write("bench.jsonl", [good(901)])
+    write("general.jsonl", [good(902)])
+    write("other.txt", ["a poem\n"])
+    Path("terms.txt").write_text("lantern\n")
+    Path("keys").mkdir()
+    Path("r.yaml").write_text(
+        "model: {base: base}\ndata: {train: a.jsonl, general: general.jsonl, terms: terms.txt, anonymise: pseudonyms, anonymise_key: keys/k}\n"
+        "evaluation: {file: held.jsonl}\n"
+    )
+    Path("link.jsonl").symlink_to("a.jsonl")
+    os.link("a.jsonl", "hard.html")
+    read: list[Any] = []
+    for name, what in (
+        ("a.jsonl", "is audited"), ("link.jsonl", "is audited"), ("hard.html", "is audited"), ("general.jsonl", "is audited"),
+        ("held.jsonl", "the evaluation file"), ("bench.jsonl", "a benchmark file"), ("terms.txt", "the list of terms"), ("r.yaml", "the recipe"),
+        ("keys/k", "the key of pseudonyms"), ("keys/k.vault", "the vault of pseudonyms"), ("./keys/../a.jsonl", "is audited"),
+        ("other.txt", "no page that onlay audit wrote"), ("keys", "is a folder"), ("other.txt/page.html", "cannot be written"),
+        ("/proc/no/page.html", "cannot be written"),
+    ):  # fmt: skip
+        before = Path(name).read_bytes() if Path(name).is_file() else None
+        with pytest.raises(OutputError, match=what):
+            stages.audit("r.yaml", against=["bench.jsonl"], page=Path(name), workers=1, report=read.append)
+        assert (Path(name).read_bytes() if Path(name).is_file() else None) == before, name
+    assert not read  # Not a row, and no base either.
+    made = stages.audit("a.jsonl", page=Path("new/page.html"), workers=1)
+    write_page(made, Path("new/page.html"))
+    check_destination(Path("new/page.html"), used={})
+    Path("quoted.html").write_text("<head></head><body>" + Path("new/page.html").read_text())
+    with pytest.raises(OutputError, match="no page"):
+        check_destination(Path("quoted.html"), used={})
+
+
+def test_what_the_recipe_takes_care_of_is_said_to_be() -> None:
+    rows = [good(number) for number in range(30)]
+    rows[9] = dict(rows[8])
+    rows[20] = good(20) | {
+        "completion": "My key is AKIAIOSFODNN7EXAMPLE and anna@example.com or https://example.com is mine."
+    }
+    write("rows.jsonl", rows)
+    remedies = {one.code: one.remedy for one in stages.audit("rows.jsonl", workers=1).findings}
+    assert remedies["duplicates_exact"] == "Set data.duplicates: drop_exact."
+    changed = ["data.duplicates=drop_near", "data.anonymise=redact"]
+    told = {one.code: one.remedy for one in stages.audit("rows.jsonl", overrides=changed, workers=1).findings}
+    assert told.keys() == remedies.keys()
+    assert told["duplicates_exact"] == "data.duplicates: drop_near leaves them out."
+    assert told["personal_email"] == "data.anonymise: redact replaces them."
+    assert told["secret_key"].startswith("data.anonymise: redact replaces them. Change them")
+    assert told["personal_url"] == remedies["personal_url"]  # Not replaced unless it is asked for.
+    one_kind = stages.audit("rows.jsonl", overrides=[*changed, "data.anonymise_kinds=[phone]"], workers=1)
+    assert {one.code: one.remedy for one in one_kind.findings}["personal_email"] == remedies["personal_email"]
+
+
+def test_a_named_domain_field_that_is_nowhere_is_an_error() -> None:
+    rows = [good(number) | {"topic": ("tea", "milk")[number % 2]} for number in range(12)]
+    write("a.jsonl", rows)
+    write("b.jsonl", [good(number) for number in range(20, 24)])
+    with pytest.raises(DataError, match=r"data\.domain_field = topik: no row of a\.jsonl has a domain in that field"):
+        stages.audit("a.jsonl", overrides=["data.domain_field=topik"], workers=1)
+    with pytest.raises(DataError, match="topik"):
+        stages.preparing.look(Recipe(model={"base": "base"}, data={"train": "a.jsonl", "domain_field": "topik"}))
+    both = stages.audit("a.jsonl", overrides=["data.domain_field=topic", "data.train=[a.jsonl, b.jsonl]"], workers=1)
+    found = finding(both, "no_domain")
+    assert (found.count, [row.place for row in found.rows]) == (4, [f"b.jsonl:{number}" for number in range(1, 5)])
+    assert "no row of b.jsonl has it" in found.message and "topic" in found.message
+    assert "no_domain" not in codes(stages.audit("a.jsonl", overrides=["data.domain_field=topic"], workers=1))
+
+
+def test_where_nothing_could_be_read_nothing_is_said_of_few_rows() -> None:
+    made = stages.audit(write("rows.jsonl", ["{\n", "[\n"]), workers=1)
+    assert (made.rows, made.unreadable, made.ok) == (0, 2, False)
+    assert "few_rows" not in codes(made)
+
+
+def test_the_page_of_documentation_lists_every_field_and_measure() -> None:
+    told = (Path(__file__).parent.parent / "docs" / "audit.md").read_text(encoding="utf-8")
+    write_rows(Path("rows.jsonl"), 30)
+    save_tiny_base(Path("base"))
+    plain = stages.audit("rows.jsonl", base="base", known=True, workers=1)
+    write("topics.jsonl", [good(number) | {"topic": ("tea", "milk")[number % 2]} for number in range(12)])
+    spread = stages.audit("topics.jsonl", overrides=["data.domain_field=topic"], workers=1)
+    for name in [*plain.model_dump(mode="json"), *plain.measures, *spread.measures, "round_trip_unchecked"]:
+        assert f"`{name}`" in told, name
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 
@@ -200,11 +291,35 @@ def test_json_holds_the_findings() -> None:
 
 
 def test_bad_input_exits_with_2_in_two_lines() -> None:
-    for arguments in (["missing.jsonl"], ["missing.yaml"], ["rows.jsonl", "--rows", "few"], ["rows.jsonl", "--known"]):
+    for arguments in (
+        ["missing.jsonl"],
+        ["missing.yaml"],
+        ["rows.jsonl", "--rows", "few"],
+        ["rows.jsonl", "--rows", "0"],
+        ["rows.jsonl", "--known"],
+        ["rows.jsonl", "--html", "rows.jsonl"],
+    ):
         write("rows.jsonl", [good(1)])
         done = call(*arguments, code=2)
         assert len(done.stderr.strip().splitlines()) == 2
         assert "Traceback" not in done.stderr
+        assert json.loads(Path("rows.jsonl").read_text()) == good(1)
+
+
+def test_what_was_found_is_printed_though_the_page_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from onlay.cli import app
+    from onlay.data.audit import page
+
+    def full(*_: Any) -> None:
+        raise OutputError("report.html could not be written: No space left on device.", "Free disk space.")
+
+    monkeypatch.setattr(page, "write_whole", full)
+    write("rows.jsonl", [good(number) for number in range(10)])
+    done = CliRunner().invoke(app, ["audit", "rows.jsonl", "--html", "report.html", "--workers", "1"])
+    assert "[few_rows]" in done.stdout and "The whole report" not in done.stdout
+    assert isinstance(done.exception, OutputError)
 
 
 def test_text_of_the_data_is_neither_markup_nor_a_terminal_command_and_secrets_are_masked() -> None:
@@ -216,7 +331,7 @@ def test_text_of_the_data_is_neither_markup_nor_a_terminal_command_and_secrets_a
     ]
     write("rows.jsonl", rows)
     out = call("rows.jsonl", code=0).stdout
-    assert "\x1b" not in out and "[bold]" in out and "[email]" in out and "anna.keller" not in out
+    assert "\x1b" not in out and "[bold]" in out and "[EMAIL]" in out and "anna.keller" not in out
 
 
 def test_every_file_of_the_project_s_own_examples_can_be_audited() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onlay.data.privacy.key import read_key
-from onlay.data.privacy.pseudonyms import Vault, vault_path
+from onlay.data.privacy.pseudonyms import Pseudonyms, Vault, vault_path
 from onlay.data.read import Conversation, Turn, prompt_key
 from onlay.data.split import open_split
 from onlay.errors import DataError, OutputError
@@ -208,6 +208,43 @@ def test_another_key_makes_another_data_set_and_no_anonymising_a_third(base: Pat
     assert prepare(again).dataset.path == made[3], "the same key in another place"
 
 
+def test_a_lost_vault_is_filled_again_from_the_rows(base: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"train": write("a.jsonl", letters()), "anonymise": "pseudonyms", "anonymise_key": "key"}
+    first = prepare(recipe_of(base, data=data, evaluation={"split": 0.25})).dataset
+    tokens = (Path(first.path) / "pseudonyms.txt").read_text().split()
+    assert len(set(tokens)) == 9
+    key, vault = read_key("key"), vault_path("key")
+    known = Vault(vault, key=key).look_up(tokens)
+    assert sorted(known.values()) == sorted([MAIL, *(f"{i}@site{i}.net" for i in range(8))])
+
+    for path in place.glob("key.vault*"):
+        path.unlink()
+    monkeypatch.setattr("onlay.data.build._write", None)  # It comes from the cache.
+    assert prepare(recipe_of(base, data=data, evaluation={"split": 0.25})).dataset == first
+    assert Vault(vault, key=key).look_up(tokens) == known
+
+    # One of another data set, made anew under the same key, does not hold them all.
+    for path in place.glob("key.vault*"):
+        path.unlink()
+    some = Pseudonyms(key)
+    some.add(dict([next(iter(known.items()))]))
+    Vault(vault, key=key).add(some)
+    prepare(recipe_of(base, data=data, evaluation={"split": 0.25}))
+    assert Vault(vault, key=key).look_up(tokens) == known
+
+
+def test_redacting_keeps_no_list_of_pseudonyms(base: Path, place: Path) -> None:
+    dataset = prepare(recipe_of(base, data={"train": write("a.jsonl", letters()), "anonymise": "redact"})).dataset
+    assert not (Path(dataset.path) / "pseudonyms.txt").exists()
+
+
+def test_other_rules_make_another_data_set(base: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(base, data={"train": write("a.jsonl", letters()), "anonymise": "redact"})
+    first = prepare(recipe).dataset.path
+    monkeypatch.setattr("onlay.data.privacy.anonymise.VERSION", 1000)
+    assert prepare(recipe).dataset.path != first
+
+
 def test_what_cannot_be_replaced_stops_the_preparation(base: Path, place: Path) -> None:
     call = {"name": "send", "arguments": {MAIL: 1}}
     messages = [{"role": "user", "content": "Send it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -219,6 +256,28 @@ def test_what_cannot_be_replaced_stops_the_preparation(base: Path, place: Path) 
 
 
 # ------------------------------------------------------------------------------------------------------------- findings
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "told"),
+    [
+        (499, {}, 499),
+        (500, {}, None),
+        (600, {"data": {"train": [{"file": "a.jsonl", "weight": 0.5}]}}, 300),
+        (520, {"evaluation": {"split": 0.5}}, 260),
+        (520, {"data": {"general": "g.jsonl"}, "evaluation": {"split": 0.05}}, 494),
+    ],
+)
+def test_few_rows_that_train_are_told_in_the_record(
+    base: Path, place: Path, rows: int, changes: dict[str, Any], told: int | None
+) -> None:
+    write("g.jsonl", [row(1000 + i) for i in range(99)])
+    train = write("a.jsonl", [row(i) for i in range(rows)])
+    recipe = recipe_of(base, data={"train": train} | changes.get("data", {}), evaluation=changes.get("evaluation", {}))
+    found = [one for one in prepare(recipe).dataset.findings if one.code == "few_rows"]
+    assert [(one.severity, one.count) for one in found] == ([("warning", told)] if told is not None else [])
+    assert all("fewer than 500; lora is usually given" in one.message for one in found)
+
 
 SECRET = "AKIA" + "Q7XZ2MNB4KLP9RTV"
 

@@ -362,10 +362,6 @@ def test_several_errors_are_counted() -> None:
         ({"data": {"train": ["a", "b", "a"]}}, "a is named twice as a source"),
         ({"data": {"general": "rows.jsonl"}}, "rows.jsonl is named twice as a source"),
         (
-            {"data": {"train": [{"file": "a", "weight": 2}], "balance": "equal"}},
-            "data.balance = equal and a weight in data.train both say how often rows train",
-        ),
-        (
             {"evaluation": {"split_by": "prompt", "split": None}},
             "evaluation.split_by is given, but it is only read where",
         ),
@@ -392,6 +388,7 @@ def test_fields_that_belong_together_are_taken() -> None:
     parsed(evaluation={"baselines": ["base", "prompt", "live"], "prompt": "Be kind."}, release={"name": "boats"})
     parsed(evaluation={"judge_url": "http://h/v1", "judge_model": "j", "judge_criteria": "Short."})
     parsed(evaluation={"tasks": ["own"], "tasks_path": "mine"})
+    parsed(data={"train": [{"file": "a", "weight": 2.0}], "balance": "equal"})
     parsed(data={"general": "g.jsonl", "general_share": 0.1, "balance": "cap", "domain_cap": 0.3})
     parsed(data={"anonymise": "pseudonyms", "anonymise_key": "key", "anonymise_kinds": ["email", "name"]})
     parsed(data={"anonymise": "redact"}, evaluation={"split_by": "prompt"})

@@ -1,10 +1,16 @@
-"""Gates of an evaluation over several seeds."""
+"""Gates of an evaluation over several seeds; what the training rows say about repetition."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from onlay.data.split import Split
+from onlay.data.writer import SplitWriter
 from onlay.evaluation.gates import Found, check_gates
 from onlay.records import Comparison, SeedGain
-from onlay.stages.reporting import _over_seeds
+from onlay.stages.reporting import _over_seeds, _repetitions, _trained_ends
 
 
 def test_gates_judge_the_gain_over_seeds_and_not_the_first_runs() -> None:
@@ -26,3 +32,24 @@ def test_gates_judge_the_gain_over_seeds_and_not_the_first_runs() -> None:
     judged = _over_seeds([first, prompt], [over])
     assert not gate(judged)
     assert (judged[0].difference, judged[0].p_value, judged[1]) == (0.05, 0.8, prompt)
+
+
+@pytest.mark.parametrize(
+    ("examples", "share", "most"),
+    [
+        ([(1, "a"), (2, "b"), (3, "c"), (4, "d")], 0.0, 1),
+        ([(1, "a"), (1, "a"), (2, "b"), (2, "b"), (2, "b")], 0.0, 3),
+        ([(1, "a"), (2, "a"), (3, "b"), (4, "c")], 0.25, 1),
+        ([(1, "a"), (1, "a"), (2, "a"), (2, "a"), (3, "a"), (4, "c")], 0.5, 2),
+    ],
+)
+def test_rows_that_a_weight_repeats_are_no_duplicates(
+    tmp_path: Path, examples: list[tuple[int, str]], share: float, most: int
+) -> None:
+    with SplitWriter(tmp_path, "train") as writer:
+        for number, text in examples:
+            writer.add([ord(text), 1], [False, True], source=0, number=number)
+    split = Split(tmp_path, "train", ["a.jsonl"])
+    assert _repetitions(split) == (share, most)
+    assert _trained_ends(split, [1]) == len(examples)
+    assert _trained_ends(split, [ord("a")]) == 0

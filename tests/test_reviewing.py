@@ -256,6 +256,26 @@ def test_an_edit_that_cannot_be_used_is_told_and_can_be_taken_up_again(
     assert json.loads(terminal.text[terminal.text.rindex('{"file"') :])["left"] == 7
 
 
+def test_a_row_that_cannot_be_written_is_not_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "score": NaN}\n')
+    code = "open(path, 'w').write(text.replace('NaN', '2'))"
+    monkeypatch.setenv("EDITOR", str(script(place / "editor.py", code)))
+    monkeypatch.delenv("VISUAL", raising=False)
+    terminal = open_terminal(place)
+    try:
+        terminal.read_until(QUESTION)
+        assert "rows.jsonl:1 holds what JSON text cannot" in terminal.text and '"score": NaN' in terminal.text
+        press(terminal, "a")
+        terminal.read_until(re.compile(r"cannot be written as it is: edit or reject it"))
+        press(terminal, "e")
+        assert terminal.wait() == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+    [kept] = lines(place / "rows.decisions.jsonl")
+    assert kept["edited"] == {"prompt": "a", "completion": "b", "score": 2}
+
+
 def test_ctrl_c_keeps_what_was_decided_and_the_terminal_as_it_was(place: Path) -> None:
     terminal = open_terminal(place)
     try:
@@ -341,3 +361,40 @@ def test_the_file_itself_is_never_written_over(place: Path, say: Callable[..., t
     _, err = say("rows.jsonl", "--apply", "rows.jsonl", code=2)
     assert err.startswith("rows.jsonl exists already.")
     assert (place / "rows.jsonl").read_bytes() == before
+
+
+def test_files_whose_names_begin_alike_have_decisions_of_their_own(
+    place: Path, say: Callable[..., tuple[str, str]]
+) -> None:
+    (place / "reject.jsonl").write_text('{"row": 1, "decision": "reject"}\n')
+    for name in ("d.v1.jsonl", "d.v2.jsonl"):
+        (place / name).write_text((place / "rows.jsonl").read_text())
+    out, _ = say("d.v1.jsonl", "--decisions", "reject.jsonl", "--who", "a")
+    assert "Decisions in d.v1.decisions.jsonl: 1 reject." in out
+    assert "Next: onlay review d.v1.jsonl --apply d.v1-reviewed.jsonl" in out
+    _, err = say("d.v2.jsonl", "--apply", "o.jsonl", code=2)
+    assert err.startswith("There is no decision about d.v2.jsonl in d.v2.decisions.jsonl.")
+    # Of one name and different kinds.
+    (place / "d.v1.csv").write_text("prompt,completion\na,b\n")
+    _, err = say("d.v1.csv", "--apply", "o.jsonl", code=2)
+    assert err.startswith("There is no decision about d.v1.csv in d.v1.decisions.jsonl.")
+
+
+def test_what_is_to_be_typed_next_repeats_what_was_given(place: Path, say: Callable[..., tuple[str, str]]) -> None:
+    (place / "theirs.jsonl").write_text('{"row": 1, "decision": "reject"}\n')
+    given = ("--set", "data.max_rows=5", "--set", "data.prompt_field=prompt", "--log", "my log.jsonl", "--who", "ann b")
+    out, _ = say("rows.jsonl", "--decisions", "theirs.jsonl", *given)
+    how = "--set data.max_rows=5 --set data.prompt_field=prompt --log 'my log.jsonl'"
+    assert f"Next: onlay review rows.jsonl {how} --apply rows-reviewed.jsonl\n" in out
+
+
+def test_what_is_left_goes_on_with_what_was_given(place: Path) -> None:
+    terminal = open_terminal(place, "--set", "data.max_rows=5", "--log", "l.jsonl", "--who", "ann b", "--sample", "3")
+    try:
+        press(terminal, "aq")
+        assert terminal.wait() == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+    text = "".join(terminal.text.split("\r\n"))
+    assert "onlay review rows.jsonl --sample 3 --who 'ann b' --set data.max_rows=5 --log l.jsonl" in text

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from onlay.errors import BaseModelError, OutputError, RecipeError, SetupError
 from onlay.evaluation import endpoint
 from onlay.recipe import DataSection, parse_recipe
 from onlay.stages import Speaker, synthesize, train
+from onlay.stages.synthesizing import bare_name
 from tests.builders import save_tiny_base
 from tests.data.synthesis.test_rounds import good_reply
 from tests.evaluation.test_endpoint import Server, serving
@@ -72,11 +76,11 @@ def test_over_http(seeds: str) -> None:
 
 def test_a_server_that_fails_costs_no_reply(seeds: str) -> None:
     def tired(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
-        return answer(number, prompt) if number < 11 else (400, {}, "no more")
+        return answer(number, prompt) if number < 11 else (403, {}, "no more")
 
     with serving(tired) as server:
         begun = Speaker(model="m", endpoint=server.address, concurrency=1)
-        with pytest.raises(SetupError, match=r"The model m at .* answered HTTP 400"):
+        with pytest.raises(SetupError, match=r"The model m at .* answered HTTP 403"):
             synthesize(seeds, model=begun, rows=20)
         server.answer = answer
         made = synthesize(seeds, model=begun, rows=20)
@@ -89,6 +93,89 @@ def test_a_server_that_fails_costs_no_reply(seeds: str) -> None:
         and again.requests == {}
         and again.kept_replies == made.kept_replies + sum(made.requests.values())
     )
+
+
+def test_a_prompt_that_is_refused_is_left_out(seeds: str) -> None:
+    def filtered(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
+        # After some that are answered, every fifth is not: of tasks, of answers and of grades.
+        return (422, {}, "content filter") if number > 2 and number % 5 == 0 else answer(number, prompt)
+
+    with serving(filtered) as server:
+        who = speaker(server, concurrency=1)
+        made = synthesize(seeds, model=who, judge=who, rows=20)
+        assert made.rows == 20 and made.rejected["refused_by_server"] == len(
+            [i for i in range(3, len(server.bodies)) if i % 5 == 0]
+        )
+        server.answer = lambda number, prompt: (400, {}, "no such model")
+        with pytest.raises(SetupError, match="Every one of 8 requests for tasks was refused: HTTP 400"):
+            synthesize(seeds, model=who, rows=20, output="new.jsonl")
+    assert not list(Path.cwd().glob("new*"))
+
+
+def test_what_is_read_of_the_seeds_belongs_to_what_was_begun(seeds: str) -> None:
+    with serving(answer) as server:
+        synthesize(seeds, model=speaker(server), rows=3, overrides=["data.max_rows=2"])
+        asked = len(server.bodies)
+        for overrides, told in (
+            ((), "data.max_rows = 2, not None"),
+            (("data.max_rows=3",), "data.max_rows = 2, not 3"),
+        ):
+            with pytest.raises(OutputError, match=f"was begun with {told}"):
+                synthesize(seeds, model=speaker(server), rows=3, overrides=overrides)
+        assert len(server.bodies) == asked
+        synthesize(seeds, model=speaker(server), rows=3, overrides=["data.max_rows=2"])
+
+
+def test_files_whose_names_begin_alike_have_outputs_of_their_own() -> None:
+    names = ("d.v1.jsonl", "x/d.v2.jsonl", "d.v1.JSONL.gz", "d.csv", "d", "d.v1", ".jsonl")
+    assert [bare_name(name) for name in names] == ["d.v1", "d.v2", "d.v1", "d", "d", "d.v1", ".jsonl"]
+
+
+@pytest.mark.parametrize("prices", [(float("nan"), 1.0), (1.0, -1.0), (float("inf"), 1.0)])
+def test_prices_are_numbers_of_dollars(seeds: str, prices: tuple[float, float]) -> None:
+    with pytest.raises(SetupError, match="are not two prices"):
+        synthesize(seeds, model=Speaker(model="m", endpoint="http://127.0.0.1:1/v1"), prices=prices)
+
+
+def test_an_output_that_cannot_be_written_costs_no_request(seeds: str) -> None:
+    with serving(answer) as server:
+        with pytest.raises(OutputError, match=r"seeds\.jsonl/out\.jsonl cannot be written") as error:
+            synthesize(seeds, model=speaker(server), output="seeds.jsonl/out.jsonl")
+        assert server.bodies == [] and "another place with --output" in error.value.remedy
+
+
+def test_a_server_that_is_not_there_yet_is_told(seeds: str) -> None:
+    told: list[Any] = []
+    with pytest.raises(SetupError, match="gave no reply in 5 attempts; the last: ConnectionRefusedError"):
+        synthesize(seeds, model=Speaker(model="m", endpoint="http://127.0.0.1:1/v1"), report=told.append)
+    assert [text.partition("; ")[2].partition(" in ")[0] for text in told if "127.0.0.1" in str(text)] == [
+        f"attempt {number} of 5" for number in (2, 3, 4, 5)
+    ]
+
+
+def test_ctrl_c_waits_for_no_reply_and_keeps_those_that_came(seeds: str) -> None:
+    release, hang = threading.Event(), threading.Event()
+
+    def slow(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
+        if number >= 3:
+            hang.set()
+            release.wait(60)
+        return answer(number, prompt)
+
+    with serving(slow) as server:
+        command = [sys.executable, "-m", "onlay.cli", "synthesize", seeds, "--model", "m", "--endpoint", server.address]
+        process = subprocess.Popen(
+            [*command, "--concurrency", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert hang.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            release.set()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len(Path("seeds-synthetic.replies.jsonl").read_text().splitlines()) == 1 + 3
 
 
 def test_a_judge_elsewhere(seeds: str) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onlay.cli.app import JsonOption, SetOption, app, emit, terminal
-from onlay.errors import OnlayError
+from onlay.errors import OnlayError, OutputError
+
+if TYPE_CHECKING:
+    from onlay.records import Audit
 
 
 @app.command()
@@ -47,26 +50,37 @@ def audit(
     with Reporter(terminal()) as report:
         made = stages.audit(
             target, overrides=overrides or (), against=against or (), base=base, known=known, shown=shown,
-            workers=workers, report=report,
+            workers=workers, page=html, report=report,
         )  # fmt: skip
-    if html is not None:
-        from onlay.data.audit.page import write_page
-
-        write_page(made, html)
+    unwritten = _write(made, html)
 
     def display() -> None:
         from onlay.console.audit import audit_view
 
-        terminal(stderr=False).print(audit_view(made, page=html))
+        terminal(stderr=False).print(audit_view(made, page=html if unwritten is None else None))
 
     emit(made.model_dump(mode="json") | {"ok": made.ok, "digest": made.digest}, as_json, display)
+    if unwritten is not None:  # What was found is worth telling all the same.
+        raise unwritten
     if not made.ok:
         sys.exit(1)
+
+
+def _write(made: Audit, html: Path | None) -> OutputError | None:
+    if html is None:
+        return None
+    from onlay.data.audit.page import write_page
+
+    try:
+        write_page(made, html)
+    except OutputError as error:
+        return error
+    return None
 
 
 def _count(rows: str) -> int | None:
     if rows == "all":
         return None
-    if not rows.isdecimal():
-        raise OnlayError(f"--rows {rows} is neither a number nor `all`.", "Example: --rows 50")
+    if not rows.isdecimal() or not int(rows):
+        raise OnlayError(f"--rows {rows} is neither a number from 1 nor `all`.", "Example: --rows 50")
     return int(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,7 +63,12 @@ def review(
             file, ask=_desk(as_json) if asks else None, chosen=chosen, decisions=decisions, log=log, apply=apply,
             decided_only=decided_only, who=who, overrides=overrides or (), report=report,
         )  # fmt: skip
-    emit(made.values(), as_json, lambda: _display(made, findings, only or [], sample, seed))
+    how = [("--set", one) for one in overrides or ()] + ([("--log", str(log))] if log is not None else [])
+    which = [("--findings", findings), ("--sample", sample), ("--seed", seed or None), ("--who", who)]
+    again = [(option, str(value)) for option, value in which if value is not None] + [
+        ("--only", one) for one in only or ()
+    ]
+    emit(made.values(), as_json, lambda: _display(made, again=again, how=how))
 
 
 def _desk(as_json: bool) -> Ask | None:
@@ -75,7 +81,13 @@ def _desk(as_json: bool) -> Ask | None:
     return Desk(terminal(stderr=as_json))
 
 
-def _display(made: Review, findings: Path | None, only: list[str], sample: int | None, seed: int) -> None:
+Options = list[tuple[str, str]]
+
+
+def _display(made: Review, *, again: Options, how: Options) -> None:
+    """`again`: what was given of rows and person; `how`: how the file is read, and where decisions are kept."""
+    from onlay.stages.synthesizing import bare_name
+
     decided = ", ".join(f"{count:,} {word}" for word, count in made.decided.items()) or "none"
     if made.taken_over is not None:
         counts = made.taken_over
@@ -85,7 +97,7 @@ def _display(made: Review, findings: Path | None, only: list[str], sample: int |
         for what, why in (
             ("changed", "about rows whose content is another now"),
             ("missing", "about rows that the file does not have"),
-            ("unusable", "with an edited row that cannot be trained on"),
+            ("unusable", "that would leave a row that cannot be used"),
         ):
             if counts[what]:
                 print(f"Not taken over: {counts[what]:,} {why}.")
@@ -93,14 +105,14 @@ def _display(made: Review, findings: Path | None, only: list[str], sample: int |
     if made.applied is not None:
         _display_applied(made)
     elif made.left:
-        options = [("--findings", findings), ("--sample", sample), ("--seed", seed or None)]
-        given = [f"{option} {value}" for option, value in options if value is not None] + [
-            f"--only {code}" for code in only
-        ]
         print(f"{made.left:,} of {made.chosen:,} rows are left.")
-        say_next(" ".join(["onlay review", made.file, *given]))
+        say_next(_command(made.file, again + how))
     else:
-        say_next(f"onlay review {made.file} --apply {Path(made.file).name.split('.')[0]}-reviewed.jsonl")
+        say_next(_command(made.file, [*how, ("--apply", f"{bare_name(made.file)}-reviewed.jsonl")]))
+
+
+def _command(file: str, options: Options) -> str:
+    return shlex.join(["onlay", "review", file, *(word for option in options for word in option)])
 
 
 def _display_applied(made: Review) -> None:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onlay.data.privacy.detect import find
+from onlay.data.privacy.masks import mask
 from onlay.records import Audit, Finding, RowAt, Severity
 from onlay.records import Group as RowGroup
 
@@ -105,11 +105,7 @@ def _groups(audit: Audit) -> Iterator[RenderableType]:
 
 def _short(text: str) -> str:
     """On one line, personal data and secrets masked; control characters are not for a terminal."""
-    masked, end = "", 0
-    text = text[: 4 * TEXT_CHARACTERS]
-    for span in find(text):
-        masked += f"{text[end : span.start]}[{span.kind}]"
-        end = span.end
-    line = "".join(mark if mark.isprintable() else " " for mark in masked + text[end:])
+    # Masked before it is cut: a part of an identifier would not be found.
+    line = "".join(mark if mark.isprintable() else " " for mark in mask(text))
     line = " ".join(line.split())
     return line if len(line) <= TEXT_CHARACTERS else line[: TEXT_CHARACTERS - 1] + "…"

@@ -53,6 +53,8 @@ class Desk:
                 if edited is not None:
                     self.console.print(Text("edited", style="green"))
                     return Said(word="edit", edited=edited)
+            elif word == "accept" and not shown.writable:
+                self._say("It cannot be written as it is: edit or reject it.")
             elif word == "back" and number == 1:
                 self.console.print(Text("This is the first row.", style="dim"))
             elif word is not None:
@@ -188,8 +190,11 @@ def row_text(values: dict[str, Any]) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if block else '"')
 
     Dumper.add_representer(str, represent)
-    text = yaml.dump(values, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=10**9)
-    return text if row_of(text) == (values, None) else json.dumps(values, indent=2) + "\n"
+    try:
+        text = yaml.dump(values, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=10**9)
+    except yaml.representer.RepresenterError:  # A Parquet file's own kinds of numbers, say.
+        text = ""
+    return text if row_of(text) == (values, None) else json.dumps(values, indent=2, default=str) + "\n"
 
 
 def row_of(text: str) -> tuple[Any, str | None]:

@@ -6,6 +6,7 @@
                        <split>.places.npy    int64: the source and row number that each example was made from
                        sources.json          the sources' paths
                        evaluation.jsonl      the held-out rows as {place, messages, tools} or {place, text}
+                       pseudonyms.txt        with data.anonymise: pseudonyms, the tokens that were put into the vault
                        removed.jsonl         the rows that are in no split: {file, row, reason}, of a duplicate also `kept`
                        dataset.json          the Dataset record, written last
 
@@ -16,21 +17,24 @@ when it is whole.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-
+from onlay.data.audit.beginnings import encode_beginnings
+from onlay.data.audit.size import few_rows
+from onlay.data.chosen import Chosen, chosen_rows, chunks
 from onlay.data.labels import LabelledText
-from onlay.data.material import Material, row_section
-from onlay.data.read import Conversation, Document, parse
-from onlay.data.select import REASONS, SELECTION_NOTES, Selection
-from onlay.data.sources import Row, read_rows
+from onlay.data.material import Material, Use
+from onlay.data.mix import GENERAL_SHARE
+from onlay.data.read import Conversation, Document
+from onlay.data.select import SELECTION_NOTES, Selection
+from onlay.data.sources import Row
 from onlay.data.split import SOURCES_FILE, canonical
 from onlay.data.template import NOTES, ChatTemplate, Encoded
 from onlay.data.writer import Counts, RemovedRows, SplitWriter
@@ -41,11 +45,11 @@ from onlay.records import Dataset, Finding, SplitFacts
 if TYPE_CHECKING:
     from onlay.data.cleaning import Cleaner
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 5
 """Raise it when the files below would differ for the same inputs."""
-CHUNK_ROWS = 1000
-CHUNK_CHARACTERS = 1 << 19
-"""Rows are tokenized together up to whichever comes first; a token takes about 200 bytes on the way."""
+TOKENS_FILE = "pseudonyms.txt"
+TOKENS_LOOKED_UP = 10_000
+"""In the vault, at once."""
 MOST_TOKENS = 4096
 """Default of data.max_tokens, where the base's context is longer."""
 ENCODING_NOTES = {
@@ -55,7 +59,12 @@ ENCODING_NOTES = {
     "documents_split": "documents longer than {max_tokens} tokens; split into pieces, no token lost",
     "anonymised": "rows in which personal data was replaced (data.anonymise: {anonymise})",
 }
-BUILD_NOTES = SELECTION_NOTES | ENCODING_NOTES
+SHARE_NOTES = {
+    "general_share_missed": "general examples, which make {found_share} of the training examples, not the {share} of data.general_share",
+}
+SHARE_TOLERANCE = 0.01
+"""By how much the share of general examples may be another than was asked for without a word."""
+BUILD_NOTES = SELECTION_NOTES | ENCODING_NOTES | SHARE_NOTES
 
 Progress = Callable[[int, int], None]
 Item = Conversation | Document
@@ -89,6 +98,7 @@ def prepare_dataset(
     """The Dataset of a recipe: from the cache where it was built before, else built.
 
     `selection` is `select_rows(material, recipe)`.  `progress(done, total)` counts rows.
+    A vault that was lost, or lies elsewhere now, is filled again also where the data comes from the cache.
     Raises DataError and RecipeError where nothing could be learned or measured from the result.
     """
     encoding = Encoding(
@@ -98,6 +108,7 @@ def prepare_dataset(
     sources = source_digests(material, selection) | {"template": template.digest, "tokenizer": tokenizer_digest}
     folder = Path(cache_folder).absolute() / _key(recipe, material, encoding, sources)[:16]
     if (folder / "dataset.json").is_file():
+        _refill_vault(folder, material, selection, recipe, cleaner, progress)
         return Dataset.load(folder).model_copy(update={"path": str(folder)})
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -152,6 +163,7 @@ def _key(recipe: Recipe, material: Material, encoding: Encoding, sources: dict[s
             "seed": recipe.training.seed,
             "max_tokens": encoding.max_tokens,
             "loss_on": encoding.template.loss_on,
+            "method": recipe.adapter.method,  # What `few_rows` tells hangs on it.
             # The audit's lists of terms and its thresholds show in what it found.
             "findings": [finding.model_dump(mode="json") for finding in material.findings],
         }
@@ -183,20 +195,12 @@ def _rename_whole(unfinished: Path, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ write
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Chosen:
-    """A row that trains or is held out; `index` counts through all rows of all sources."""
-
-    index: int
-    row: Row
-    item: Item
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Outputs:
     train: SplitWriter
     evaluation: SplitWriter
     evaluation_rows: TextIO
+    pseudonyms: TextIO
     removed: RemovedRows
     counts: Counts
 
@@ -216,18 +220,22 @@ def _write(
         SplitWriter(folder, "train") as train,
         SplitWriter(folder, "evaluation") as evaluation,
         (folder / "evaluation.jsonl").open("w", encoding="utf-8") as evaluation_rows,
+        (folder / TOKENS_FILE).open("w", encoding="utf-8") as pseudonyms,
         RemovedRows(folder / "removed.jsonl") as removed,
     ):
         out = _Outputs(
-            train=train, evaluation=evaluation, evaluation_rows=evaluation_rows, removed=removed, counts=counts
-        )
+            train=train, evaluation=evaluation, evaluation_rows=evaluation_rows, pseudonyms=pseudonyms,
+            removed=removed, counts=counts,
+        )  # fmt: skip
         done = 0
         for number in range(len(material.sources)):
-            for chunk, read in _chunks(_chosen_rows(material, selection, recipe, number, out)):
+            for chunk, read in chunks(chosen_rows(material, selection, recipe, number, removed)):
                 _encode(chunk, material, selection, encoding, out)
                 done += read
                 if progress is not None:
                     progress(done, len(material.table))
+    if encoding.cleaner is None or encoding.cleaner.vault is None:
+        (folder / TOKENS_FILE).unlink()
     evaluated = bool(selection.held_out.any())
     _refuse_useless(material, train, evaluation if evaluated else None, encoding, counts)
     splits = {"train": train.facts}
@@ -237,64 +245,75 @@ def _write(
         for path in folder.glob("evaluation.*"):
             path.unlink()
     told = {"max_tokens": encoding.max_tokens, "anonymise": recipe.data.anonymise}
-    return splits, counts.listed(NOTES | BUILD_NOTES, told=told)
+    of_training = few_rows(_of_use(material, train.rows_of, "train"), method=recipe.adapter.method)
+    return splits, [
+        *of_training,
+        *counts.listed(NOTES | BUILD_NOTES, told=told),
+        *_missed_share(material, train, recipe),
+    ]
 
 
-def _chosen_rows(
-    material: Material, selection: Selection, recipe: Recipe, number: int, out: _Outputs
-) -> Iterator[_Chosen | None]:
-    """The rows of a source in order, None for one that is left out, which is listed.  Raises DataError if it changed."""
-    source, file, section = material.sources[number], material.files[number], row_section(recipe)
-    rows = np.flatnonzero(material.table.source == number)
-    numbers, first = material.table.number[rows], int(rows[0])
-    read = 0
-    for read, row in enumerate(read_rows(source.path, section, limit=source.limit), 1):
-        if read > len(numbers) or row.number != numbers[read - 1]:
-            break
-        index = first + read - 1
-        why = REASONS[selection.reason[index]]
-        if not why:
-            yield _Chosen(index=index, row=row, item=parse(row, file.format, section))
-            continue
-        kept = int(selection.kept[index])
-        if why != "general_not_drawn":
-            out.removed.add(row, why, kept=material.at(kept) if kept != index else None)
-        yield None
-    else:
-        if read == len(numbers):
+def _of_use(material: Material, of_source: Mapping[int, int], use: Use) -> int:
+    return sum(of_source.get(number, 0) for number, source in enumerate(material.sources) if source.use == use)
+
+
+def _missed_share(material: Material, train: SplitWriter, recipe: Recipe) -> list[Finding]:
+    """A warning where the general examples that were written are another share than the recipe asks for: of few rows, of
+    long texts that became several examples, of rows that were too long."""
+    if recipe.data.general is None:
+        return []
+    share = GENERAL_SHARE if recipe.data.general_share is None else recipe.data.general_share
+    count = _of_use(material, train.examples_of, "general")
+    found = count / train.examples_of.total()
+    if abs(found - share) <= SHARE_TOLERANCE:
+        return []
+    told = {"found_share": f"{found:.1%}", "share": f"{share:.1%}"}
+    return [
+        Finding(
+            code="general_share_missed", count=count, severity="warning",
+            message=SHARE_NOTES["general_share_missed"].format(**told),
+            remedy="Add training rows, name general rows that fit data.max_tokens, or accept the share.",
+        )
+    ]  # fmt: skip
+
+
+def _refill_vault(
+    folder: Path,
+    material: Material,
+    selection: Selection,
+    recipe: Recipe,
+    cleaner: Cleaner | None,
+    progress: Progress | None,
+) -> None:
+    """Cleans the rows once more where the vault does not hold every token of a folder that was built before."""
+    if cleaner is None or cleaner.vault is None:
+        return
+    with (folder / TOKENS_FILE).open(encoding="utf-8") as lines:
+        batches = iter(lambda: [line.rstrip("\n") for line in itertools.islice(lines, TOKENS_LOOKED_UP)], [])
+        if all(cleaner.vault.holds(tokens) for tokens in batches):
             return
-    raise DataError(
-        f"{source.path} had {len(numbers)} rows when it was checked; now it has not.",
-        "Run again when nothing writes to the file.",
-    )
+    done = 0
+    for number in range(len(material.sources)):
+        for chunk, read in chunks(chosen_rows(material, selection, recipe, number, None)):
+            for one in chunk:
+                cleaner.clean(one.item)
+            cleaner.store()
+            done += read
+            if progress is not None:
+                progress(done, len(material.table))
 
 
-def _chunks(rows: Iterator[_Chosen | None]) -> Iterator[tuple[list[_Chosen], int]]:
-    """Rows to tokenize together, and how many were read for them: few enough that memory stays bounded, enough that the
-    tokenizer runs in parallel."""
-    chunk: list[_Chosen] = []
-    read = characters = 0
-    for chosen in rows:
-        read += 1
-        if chosen is not None:
-            item = chosen.item
-            chunk.append(chosen)
-            characters += (
-                len(item.text) if isinstance(item, Document) else sum(len(turn.content) for turn in item.turns)
-            )
-        if read >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield chunk, read
-            chunk, read, characters = [], 0, 0
-    if read:
-        yield chunk, read
-
-
-def _encode(chunk: list[_Chosen], material: Material, selection: Selection, encoding: Encoding, out: _Outputs) -> None:
+def _encode(chunk: list[Chosen], material: Material, selection: Selection, encoding: Encoding, out: _Outputs) -> None:
     """Tokenizes rows and adds them to their splits, under the length policy."""
     items = [_cleaned(one, encoding.cleaner, out.counts) for one in chunk]
     if encoding.cleaner is not None:
-        encoding.cleaner.store()
-    for one, item, example in zip(chunk, items, encoding.template.encode_batch(items), strict=True):
+        out.pseudonyms.writelines(f"{token}\n" for token in encoding.cleaner.store())
+    template = encoding.template
+    if isinstance(template, LabelledText):
+        examples = template.encode_batch(items)
+    else:
+        examples, _ = encode_beginnings(template, items, max_tokens=encoding.max_tokens)
+    for one, item, example in zip(chunk, items, examples, strict=True):
         held_out = bool(selection.held_out[one.index])
         writer = out.evaluation if held_out else out.train
         writer.given += 1
@@ -302,9 +321,10 @@ def _encode(chunk: list[_Chosen], material: Material, selection: Selection, enco
         if dropped is not None:
             out.removed.add(one.row, dropped)
             continue
-        writer.rows += 1
+        source = int(material.table.source[one.index])
+        writer.rows_of[source] += 1
         for ids, trained in pieces * (1 if held_out else int(selection.times[one.index])):
-            writer.add(ids, trained, source=int(material.table.source[one.index]), number=one.row.number)
+            writer.add(ids, trained, source=source, number=one.row.number)
             if not writer.has_end:
                 stops = encoding.template.stop_token_ids
                 writer.has_end = any(flag and token in stops for token, flag in zip(ids, trained, strict=True))
@@ -312,7 +332,7 @@ def _encode(chunk: list[_Chosen], material: Material, selection: Selection, enco
             out.evaluation_rows.write(json.dumps(canonical(item), ensure_ascii=False) + "\n")
 
 
-def _cleaned(one: _Chosen, cleaner: Cleaner | None, counts: Counts) -> Item:
+def _cleaned(one: Chosen, cleaner: Cleaner | None, counts: Counts) -> Item:
     if cleaner is None:
         return one.item
     cleaned = cleaner.clean(one.item)
@@ -337,7 +357,7 @@ def _pieces(
     if len(ids) > max_tokens:
         if encoding.overlong == "error":
             raise DataError(
-                f"{row.place}: it has {len(ids)} tokens, more than data.max_tokens = {max_tokens}.",
+                f"{row.place}: it has more tokens than data.max_tokens = {max_tokens}.",
                 "Shorten the row, raise data.max_tokens, or set data.overlong to drop or cut.",
             )
         counts.add(f"overlong_{'dropped' if encoding.overlong == 'drop' else 'cut'}", row)
@@ -364,7 +384,7 @@ def _refuse_useless(
     material: Material, train: SplitWriter, evaluation: SplitWriter | None, encoding: Encoding, counts: Counts
 ) -> None:
     told, max_tokens = material.train_told, encoding.max_tokens
-    if not train.trained_tokens:
+    if not train.trained_tokens or not _of_use(material, train.rows_of, "train"):
         raise DataError(
             f"{told}: no token would be trained ({train.given} rows; {counts.words}; max_tokens {max_tokens}).",
             "Raise data.max_tokens, set data.overlong: cut, or check the rows' weights and the template.",

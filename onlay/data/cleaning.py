@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from onlay.data.privacy.anonymise import Anonymiser
-from onlay.data.privacy.key import VARIABLE, Key, read_key
+from onlay.data.privacy.key import Key, read_key
 from onlay.data.privacy.names import presidio_names
-from onlay.data.privacy.pseudonyms import Vault, vault_path
+from onlay.data.privacy.pseudonyms import Vault, open_vault
 from onlay.data.read import Conversation, Document
 from onlay.errors import DataError
-from onlay.recipe import Recipe, digest_of
+from onlay.recipe import Recipe
 
 Item = Conversation | Document
 
@@ -42,17 +42,17 @@ class Cleaner:
             )
         return item if cleaned == item else cleaned
 
-    def store(self) -> None:
-        """Puts the pseudonyms since the last call into the vault, so that memory does not grow with them."""
+    def store(self) -> list[str]:
+        """Puts the pseudonyms since the last call into the vault, so that memory does not grow with them; gives their tokens."""
         if self.vault is not None and self.anonymiser.pseudonyms is not None:
             self.vault.add(self.anonymiser.pseudonyms)
-        self.anonymiser.taken()
+        return sorted(self.anonymiser.taken()[1])
 
 
 def open_cleaner(recipe: Recipe, *, home: Path) -> Cleaner | None:
     """What data.anonymise asks for; None where it is off.  A key file that is not there is made.
 
-    `home`: where the vault lies when the key is in an environment variable; else it lies beside the key file.
+    `home`: under it lies the vault of a key in an environment variable; else it lies beside the key file.
     Raises SetupError for a key or model that cannot be used, OutputError for a key that cannot be written.
     """
     data = recipe.data
@@ -62,15 +62,11 @@ def open_cleaner(recipe: Recipe, *, home: Path) -> Cleaner | None:
     vault: Vault | None = None
     if data.anonymise_key is not None:
         key = read_key(data.anonymise_key, make=True)
-        in_variable = data.anonymise_key.startswith(VARIABLE)
-        path = home / f"pseudonyms-{key.fingerprint}.vault" if in_variable else vault_path(data.anonymise_key)
-        vault = Vault(path, key=key)
+        vault = open_vault(data.anonymise_key, key=key, home=home)
     anonymiser = Anonymiser(
         data.anonymise, key=key, kinds=frozenset(data.anonymise_kinds) if data.anonymise_kinds is not None else None,
         names=presidio_names(data.anonymise_names) if data.anonymise_names is not None else None,
     )  # fmt: skip
-    depends = [data.anonymise, sorted(anonymiser.kinds), anonymiser.threshold, data.anonymise_names]
     return Cleaner(
-        anonymiser=anonymiser, vault=vault, keeps_answers=recipe.adapter.method == "head",
-        digest=digest_of([*depends, key.fingerprint if key is not None else None]),
+        anonymiser=anonymiser, vault=vault, keeps_answers=recipe.adapter.method == "head", digest=anonymiser.digest,
     )  # fmt: skip

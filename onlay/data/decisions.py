@@ -1,18 +1,19 @@
 """A file of a person's decisions about rows, one line each, added to as they are made.  Raises OutputError.
 
-A later decision about a row takes the place of an earlier one.
+A later decision about a row takes the place of an earlier one.  A row is named by its file, as seen from the folder of the
+decisions (so that both can be moved together), and by its number there: one file of decisions may be about several files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from onlay.data.sources import type_name
+from onlay.data.sources import Row, type_name
 from onlay.errors import OutputError
 
 Word = Literal["accept", "edit", "reject"]
@@ -27,7 +28,7 @@ class Decision:
     row: int
     """Row.number in the file: the line of JSONL and CSV, the 1-based position elsewhere."""
     place: str
-    """`file:row`, for people."""
+    """`file:row`, the file as seen from the folder of the decisions."""
     digest: str
     """Of the row's content when it was decided on."""
     decision: Word
@@ -44,10 +45,10 @@ class Decisions:
     def __init__(self, path: Path) -> None:
         """Raises OutputError for a file that holds something else."""
         self.path = path
-        self._latest: dict[int, Decision] = {}
-        if path.exists():
-            for decision in _decisions(path):
-                self._latest[decision.row] = decision
+        self._folder = os.path.abspath(path.parent)
+        self._latest: dict[tuple[str, int], Decision] = {}
+        for decision in _decisions(path) if path.exists() else ():
+            self._keep(decision)
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -55,27 +56,70 @@ class Decisions:
     def __iter__(self) -> Iterator[Decision]:
         return iter(self._latest.values())
 
-    def about(self, number: int) -> Decision | None:
-        return self._latest.get(number)
+    def place(self, row: Row) -> str:
+        """What a decision about this row has as its place."""
+        return f"{self._file(row.file)}:{row.number}"
+
+    def about(self, row: Row) -> Decision | None:
+        return self._latest.get((self._file(row.file), row.number))
+
+    def of(self, file: str) -> list[Decision]:
+        """Those about this file's rows."""
+        name = self._file(file)
+        return [decision for (where, _), decision in self._latest.items() if where == name]
+
+    def _file(self, file: str) -> str:
+        return os.path.relpath(os.path.abspath(file), self._folder)
 
     def add(self, decision: Decision) -> None:
         """Written to the disk before it returns.  Raises OutputError."""
-        line = json.dumps(asdict(decision), allow_nan=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 if file.tell() and not _ends_whole(self.path):
                     # So that this line does not go on where a killed program stopped.
                     file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-                file.write(line)
+                file.write(_line(decision))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(
-                f"{self.path} could not be written: {error.strerror}.",
-                "Free disk space, or choose another place; the decisions before this one are kept.",
-            ) from None
-        self._latest[decision.row] = decision
+            raise self._unwritten(error, "this one") from None
+        self._keep(decision)
+
+    def extend(self, decisions: Sequence[Decision]) -> None:
+        """All of them or, where it is interrupted, none.  Raises OutputError."""
+        if not decisions:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.read_bytes() if self.path.exists() else b""
+            with temporary.open("wb") as file:
+                file.write(before[: before.rfind(b"\n") + 1])
+                file.writelines(map(_line, decisions))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise self._unwritten(error, "these") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        for decision in decisions:
+            self._keep(decision)
+
+    def _keep(self, decision: Decision) -> None:
+        name = os.path.join(self._folder, decision.place.rpartition(":")[0])
+        self._latest[os.path.relpath(name, self._folder), decision.row] = decision
+
+    def _unwritten(self, error: OSError, which: str) -> OutputError:
+        return OutputError(
+            f"{self.path} could not be written: {error.strerror}.",
+            f"Free disk space, or choose another place; the decisions before {which} are kept.",
+        )
+
+
+def _line(decision: Decision) -> bytes:
+    return json.dumps(asdict(decision), allow_nan=False).encode() + b"\n"
 
 
 def _ends_whole(path: Path) -> bool:
@@ -90,8 +134,8 @@ def _decisions(path: Path) -> Iterator[Decision]:
             decision = Decision(**values)
         except TypeError:
             raise _not_a_decision(path, number, f"it has {', '.join(values)}") from None
-        if not (isinstance(decision.digest, str) and isinstance(decision.who, str) and isinstance(decision.when, str)):
-            raise _not_a_decision(path, number, "digest, who and when are text")
+        if not all(isinstance(text, str) for text in (decision.place, decision.digest, decision.who, decision.when)):
+            raise _not_a_decision(path, number, "place, digest, who and when are text")
         yield decision
 
 

@@ -129,6 +129,9 @@ def read_jsonl(path: Path, asked: Asked) -> Iterator[Row]:
 
 def _not_json(file: str, number: int, error: Exception, remedy: str) -> DataError:
     what = error.msg[:1].lower() + error.msg[1:] if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, json.JSONDecodeError) and not error.doc[error.pos :].strip():
+        # The line's own end, where a string is open.
+        what = what.replace("invalid control character at", "a string is not closed before the line ends")
     column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
     return DataError(f"{file}:{number} is not JSON: {what}{column}.", remedy, code="not_json", row=number)
 
@@ -196,9 +199,9 @@ def _header(file: str, header: list[str]) -> list[str]:
 def _csv_problem(file: str, number: int, fields: list[str], header: list[str]) -> DataError | None:
     if len(fields) != len(header):
         return DataError(
-            f"{file}:{number} has {len(fields)} fields; the header has {len(header)}.",
-            "Quote fields that hold commas, quotes or line breaks.",
-            code="not_json",
+            f"{file}:{number} has {len(fields)} field{'s' * (len(fields) != 1)}; the header has {len(header)}.",
+            "Quote fields that hold commas, quotes or line breaks, and write every field, if empty.",
+            code="wrong_field_count",
             row=number,
         )
     if not _is_utf8(fields):
@@ -221,9 +224,9 @@ def read_parquet(path: Path, asked: Asked) -> Iterator[Row]:
     file = str(path)
     if path.name.lower().endswith(".gz"):
         raise DataError(f"{file} is a gzipped Parquet file.", "Unpack it: Parquet is compressed inside.")
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
             asked.reading.follow(lambda: number, table.metadata.num_rows)
             for batch in table.iter_batches(batch_size=1000):
                 for values in _values(batch, file, number, asked):
@@ -233,7 +236,10 @@ def read_parquet(path: Path, asked: Asked) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).splitlines()[0]
         raise DataError(
-            f"{file} cannot be read as Parquet: {what}.", "Write it again, or give another format.", code=ENDED
+            f"{file}{f':{number + 1}' if number else ''} cannot be read as Parquet: {what}.",
+            "Write it again, or give another format.",
+            code=ENDED,
+            row=number + 1,
         ) from None
 
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from onlay.data.audit.catalogue import worst_first
 from onlay.data.audit.comparison import compare_rows
 from onlay.data.audit.engine import AuditSource, Examined, Settings, examine
+from onlay.data.audit.handled import tell_handled
 from onlay.data.audit.similar import find_clusters
 from onlay.data.rows import RowTable
 from onlay.errors import DataError
@@ -116,9 +118,10 @@ def _compare(examined: Examined, clusters: np.ndarray, recipe: Recipe) -> list[F
     held_out = examined.among("evaluation")
     # Between training rows alone, where a row of evaluation.file is the first of its cluster.
     of_training = None if held_out.any() else clusters
-    compared = compare_rows(examined, threshold=recipe.data.near_threshold, clusters=of_training)
+    compared = compare_rows(examined, threshold=recipe.data.near_threshold, clusters=of_training, by_words=False)
     files = [file.path for file in examined.files]
-    return examined.tally.findings(files, shown=SHOWN_ROWS, told=compared.told)
+    found = worst_first(examined.tally.findings(files, shown=SHOWN_ROWS, told=compared.told))
+    return tell_handled(found, recipe.data)
 
 
 def refuse_errors(material: Material, recipe: Recipe) -> None:

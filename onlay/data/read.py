@@ -96,13 +96,21 @@ def _format_of(values: dict[str, Any]) -> str | None:
             return "sharegpt" if "from" in turns[0] else "messages"
     if "instruction" in present and present & set(ALPACA_OUTPUTS):
         return "alpaca"
-    for prompt, answers in PAIRS.items():
-        if prompt in present and present & set(answers):
-            return "prompt_completion"
+    if _pair_of(present) is not None:
+        return "prompt_completion"
     if "text" in present and ("label" in present or "label_text" in present):
         return "classification"
     if "text" in present:
         return "text"
+    return None
+
+
+def _pair_of(present: set[str]) -> tuple[str, str] | None:
+    """Which of these columns are a prompt and its answer."""
+    for prompt, answers in PAIRS.items():
+        answer = next((name for name in answers if name in present), None)
+        if prompt in present and answer is not None:
+            return prompt, answer
     return None
 
 
@@ -136,11 +144,8 @@ def _parse_pair(row: Row, section: DataSection) -> Conversation:
     format = "prompt_completion"
     prompt = section.prompt_field
     if prompt is None:
-        pairs = [
-            name
-            for name, answers in PAIRS.items()
-            if section.answer_field or any(row.values.get(a) is not None for a in answers)
-        ]
+        present = {name for name, value in row.values.items() if value is not None}
+        pairs = [name for name, answers in PAIRS.items() if section.answer_field or not present.isdisjoint(answers)]
         prompt = _first_present(row, tuple(pairs) or tuple(PAIRS), format)
     answers = PAIRS.get(prompt) or tuple(dict.fromkeys(itertools.chain(*PAIRS.values())))
     answer = section.answer_field or _first_present(row, tuple(name for name in answers if name != prompt), format)
@@ -227,11 +232,24 @@ def _missing(row: Row, field: str, format: str) -> DataError:
     )
 
 
+def _own_columns(format: str) -> set[str]:
+    """By which a row of this format is still one when it lacks the others."""
+    if format == "alpaca":
+        return {"instruction", *ALPACA_INPUTS, *ALPACA_OUTPUTS}
+    return {*PAIRS, *itertools.chain(*PAIRS.values())} if format == "prompt_completion" else set()
+
+
 def _is_mixed(row: Row, other: str | None, format: str) -> bool:
     """Whether a row is of another format, and not one of its own that lacks a field."""
     if other is None or other == format or {other, format} in ({"messages", "sharegpt"}, {"text", "classification"}):
         return False
-    return not (format == "alpaca" and row.values.keys() <= {"instruction", "system", *ALPACA_INPUTS, *ALPACA_OUTPUTS})
+    present = {name for name, value in row.values.items() if value is not None}
+    if other in ("text", "classification"):  # A column `text` beside the format's own is one more.
+        return present.isdisjoint(_own_columns(format))
+    if format == "alpaca" and other == "prompt_completion":  # Input and output of a row whose instruction is missing.
+        pair = _pair_of(present)
+        return pair is None or not (pair[0] in ALPACA_INPUTS and pair[1] in ALPACA_OUTPUTS)
+    return True
 
 
 def _refuse_other_format(row: Row, format: str, section: DataSection) -> None:

@@ -35,7 +35,9 @@ class Shown:
     digest: str
     item: Conversation | Document | None
     problem: str | None
-    """Why the row cannot be trained on as it is: `item` is None then."""
+    """Why the row cannot be trained on, or not be written, as it is: `item` is None then."""
+    writable: bool = True
+    """False: it cannot be accepted as it is."""
     codes: tuple[str, ...] = ()
     """Of the audit's findings about it."""
     before: Decision | None = None
@@ -55,16 +57,19 @@ Ask = Callable[[Shown, int, int, Check], Said]
 
 
 def row_digest(row: Row) -> str:
-    """SHA-256 of the row's content.  Raises DataError for what JSON cannot hold, such as the dates of a Parquet file."""
+    """SHA-256 of the row's content, also of what JSON text cannot hold: it may be a row to reject for it."""
+    # Escaped: a row may hold half of a pair of characters.
+    text = json.dumps(row.values, sort_keys=True, separators=(",", ":"), default=repr)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def unwritable(row: Row) -> str | None:
+    """Why the row cannot be written as a line of JSON, or None: NaN and infinite numbers, the dates of a Parquet file."""
     try:
-        # Escaped: a row may hold half of a pair of characters, and be one to reject for it.
-        text = json.dumps(row.values, allow_nan=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        json.dumps(row.values, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{row.place} holds what JSON text cannot: {error}.",
-            "Write the file as JSON lines first, with that as text.",
-        ) from None
+        return f"{row.place} holds what JSON text cannot: {error}."
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -91,6 +96,11 @@ class Reviewed:
         if not first:
             raise bad[0] if bad else DataError(f"{source} holds no rows.", "Give a file with at least one row.")
         try:
+            json.dumps(first[0].values)
+        except TypeError:  # A column of another kind, so every row.
+            remedy = "Write the file as JSON lines first, with that as text."
+            raise DataError(str(unwritable(first[0])), remedy) from None
+        try:
             return cls(source=source, section=section, format=detect_format(first, section))
         except DataError:
             return cls(source=source, section=section, format=None)
@@ -103,7 +113,10 @@ class Reviewed:
         )
 
     def parsed(self, row: Row) -> tuple[Conversation | Document | None, str | None]:
-        """What the row says, or why it cannot be trained on."""
+        """What the row says, or why it cannot be trained on or written."""
+        problem = unwritable(row)
+        if problem is not None:
+            return None, problem
         if self.format is None:
             return None, None
         try:
@@ -115,12 +128,7 @@ class Reviewed:
         """Why an edited row cannot take the row's place, or None."""
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             return f"{self.source}:{number} would be {type_name(values)}, not an object of named fields."
-        row = Row(self.source, number, values)
-        try:
-            row_digest(row)
-        except DataError as error:
-            return error.problem
-        return self.parsed(row)[1]
+        return self.parsed(Row(self.source, number, values))[1]
 
 
 def draw_rows(
@@ -146,34 +154,43 @@ def draw_rows(
 
 def take_over(path: Path, reviewed: Reviewed, decisions: Decisions, *, who: str, when: str) -> dict[str, int]:
     """Adds the decisions of a file that fit, and counts all: taken, replaced (taken over an earlier one), known, changed (the
-    row's content is another now), missing (no such row), unusable (the edited row cannot be trained on).
+    row's content is another now), missing (no such row), unusable (the row as accepted or edited cannot be used).
 
     A line needs `row` and `decision` (and `edited`); a `digest` is checked where there is one.  Nothing is added when a line
     is not a decision: OutputError.
     """
-    lines = {values["row"]: values for _, values in decision_lines(path)}
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for _, values in decision_lines(path):
+        lines.setdefault(values["row"], []).append(values)
     counts = Counter(dict.fromkeys(("taken", "replaced", "known", "changed", "missing", "unusable"), 0))
     found: list[Decision] = []
     for row in reviewed.rows(on_bad=lambda _: None, only=set(lines)):
-        values, digest = lines.pop(row.number), row_digest(row)
-        if values.get("digest") not in (None, digest):
+        digest = row_digest(row)
+        # The file may be about several, or a row may have changed and been decided on anew.
+        fitting = [values for values in lines.pop(row.number) if values.get("digest") in (None, digest)]
+        if not fitting:
             counts["changed"] += 1
-        elif values["decision"] == "edit" and reviewed.problem(row.number, values["edited"]) is not None:
+            continue
+        values = fitting[-1]
+        edited_badly = values["decision"] == "edit" and reviewed.problem(row.number, values["edited"]) is not None
+        if edited_badly or (values["decision"] == "accept" and unwritable(row) is not None):
             counts["unusable"] += 1
         else:
             found.append(Decision(
-                row=row.number, place=row.place, digest=digest, decision=values["decision"], edited=values.get("edited"),
+                row=row.number, place=decisions.place(row), digest=digest, decision=values["decision"], edited=values.get("edited"),
                 who=str(values.get("who") or who), when=str(values.get("when") or when),
             ))  # fmt: skip
     counts["missing"] = len(lines)
+    new = []
     for decision in found:
-        before = decisions.about(decision.row)
+        before = decisions.about(Row(reviewed.source, decision.row, {}))
         if before is not None and _same(before, decision):
             counts["known"] += 1
             continue
         counts["taken"] += 1
         counts["replaced"] += before is not None
-        decisions.add(decision)
+        new.append(decision)
+    decisions.extend(new)
     return dict(counts)
 
 
@@ -217,7 +234,7 @@ def review_rows(
             continue
         if said.word != "skip":
             decisions.add(Decision(
-                row=row.row.number, place=row.row.place, digest=row.digest, decision=said.word, edited=said.edited,
+                row=row.row.number, place=decisions.place(row.row), digest=row.digest, decision=said.word, edited=said.edited,
                 who=who, when=now(),
             ))  # fmt: skip
         at += 1
@@ -228,7 +245,7 @@ def _undecided(
     reviewed: Reviewed, numbers: set[int], decisions: Decisions, codes: Mapping[int, Sequence[str]]
 ) -> Iterator[Shown]:
     for row in reviewed.rows(on_bad=lambda _: None, only=numbers):
-        digest, before = row_digest(row), decisions.about(row.number)
+        digest, before = row_digest(row), decisions.about(row)
         if before is None or before.digest != digest:
             item, problem = reviewed.parsed(row)
             yield Shown(
@@ -236,6 +253,7 @@ def _undecided(
                 digest=digest,
                 item=item,
                 problem=problem,
+                writable=unwritable(row) is None,
                 before=before,
                 codes=tuple(codes.get(row.number, ())),
             )
@@ -273,13 +291,13 @@ def apply_decisions(reviewed: Reviewed, decisions: Decisions, *, output: Path, d
         raise OutputError(f"{output} exists already.", "Choose another name.")
     counts: Counter[str] = Counter()
     places: list[str] = []
-    missing = {decision.row for decision in decisions}
+    missing = {decision.row for decision in decisions.of(reviewed.source)}
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as out:
             for row in reviewed.rows():
-                decision = decisions.about(row.number)
+                decision = decisions.about(row)
                 missing.discard(row.number)
                 what = _fate(row, decision)
                 counts[what] += 1
@@ -287,8 +305,7 @@ def apply_decisions(reviewed: Reviewed, decisions: Decisions, *, output: Path, d
                     places.append(row.place)
                 if what == "rejected" or (decided_only and what in ("undecided", "changed")):
                     continue
-                values = decision.edited if decision is not None and what == "edited" else row.values
-                out.write(_json_line(values))
+                out.write(_json_line(decision.edited if decision is not None and what == "edited" else _written(row)))
                 counts["written"] += 1
             out.flush()
             os.fsync(out.fileno())
@@ -303,6 +320,13 @@ def apply_decisions(reviewed: Reviewed, decisions: Decisions, *, output: Path, d
     return Applied(**{name: counts[name] for name in names}, changed_places=tuple(places), missing=len(missing))
 
 
+def _written(row: Row) -> dict[str, Any]:
+    problem = unwritable(row)
+    if problem is not None:
+        raise DataError(problem, f"Reject or edit the row: onlay review {row.file}")
+    return row.values
+
+
 def _json_line(values: Any) -> bytes:
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -311,9 +335,8 @@ def _json_line(values: Any) -> bytes:
 
 
 def _fate(row: Row, decision: Decision | None) -> str:
-    digest = row_digest(row)  # Also of rows without a decision: they have to be written, too.
     if decision is None:
         return "undecided"
-    if decision.digest != digest:
+    if decision.digest != row_digest(row):
         return "changed"
     return {"accept": "accepted", "edit": "edited", "reject": "rejected"}[decision.decision]

@@ -57,7 +57,9 @@ class Selection:
 
 
 def select_rows(material: Material, recipe: Recipe) -> Selection:
-    """Raises DataError where nothing can be held out, and where held-out rows of a file are also trained on."""
+    """Raises DataError where nothing can be held out, where held-out rows of a file are also trained on, and where nothing
+    of a source would train."""
+    _refuse_evaluation_file(material)
     table, data, evaluation, seed = material.table, recipe.data, recipe.evaluation, recipe.training.seed
     reason = np.zeros(len(table), dtype=np.uint8)
     held_out = material.rows_for("evaluation")
@@ -68,6 +70,7 @@ def select_rows(material: Material, recipe: Recipe) -> Selection:
         kept = keep_longest(table, same, precedence=np.where(held_out, 0, np.where(trains, 1, 2)))
         kept = np.where(held_out, np.arange(len(table)), kept)
         _leave_out(reason, kept != np.arange(len(table)), "duplicates_dropped")
+        _refuse_repeated_source(material, held_out, kept)
     trains, general = trains & (reason == 0), general & (reason == 0)
     divided = np.zeros(len(table), dtype=bool)
     if evaluation.file is not None:
@@ -128,7 +131,13 @@ def _weigh(material: Material, times: np.ndarray, reason: np.ndarray, *, seed: i
         rows = np.flatnonzero((material.table.source == number) & (times > 0))
         if len(rows):
             drawn = rank_rows(material.table.taken(rows), seed=seed)
-            times[rows] = spread(drawn, total=round(source.weight * len(rows)))
+            total = round(source.weight * len(rows))
+            if not total:
+                raise DataError(
+                    f"{source.path}: weight {source.weight:g} leaves 0 examples of its {len(rows):,} rows that could train.",
+                    f"Raise the weight to {1 / len(rows):.2g} or more, or take the source off data.train.",
+                )
+            times[rows] = spread(drawn, total=total)
             _leave_out(reason, rows[times[rows] == 0], "thinned")
 
 
@@ -146,7 +155,7 @@ def _mix_in(
     rows = np.flatnonzero(general & ~measured)
     if not len(rows):
         raise DataError(
-            f"data.general = {recipe.data.general}: all of its {int(general.sum()):,} rows are held out or repeat others.",
+            f"data.general = {recipe.data.general}: all of its {int(material.rows_for('general').sum()):,} rows are held out or repeat others.",
             "Name another source, or delete data.general.",
         )
     total = general_total(int(times.sum()), share=recipe.data.general_share)
@@ -167,6 +176,30 @@ def _refuse_no_split(material: Material, recipe: Recipe, chosen: np.ndarray) -> 
     )
 
 
+def _refuse_evaluation_file(material: Material) -> None:
+    """A source of training rows that is the evaluation file, under whatever name."""
+    measured = {file.digest: file.path for file in material.files_for("evaluation")}
+    for source, file in zip(material.sources, material.files, strict=True):
+        if source.use == "evaluation" or file.digest not in measured:
+            continue
+        other = measured[file.digest]
+        same = f" ({other} holds the same)" if other != file.path else ""
+        raise DataError(
+            f"{file.path} is named as training rows and as evaluation.file{same}: what was trained on measures nothing.",
+            f"Take it off data.{source.use}, or delete evaluation.file: evaluation.split then holds rows of data.train out.",
+        )
+
+
+def _refuse_repeated_source(material: Material, measured: np.ndarray, kept: np.ndarray) -> None:
+    for number, source in enumerate(material.sources):
+        rows = material.table.source == number
+        if source.use == "train" and measured[kept[rows]].all():
+            raise DataError(
+                f"{source.path}: each of its {int(rows.sum()):,} rows repeats a row of evaluation.file, so none is left to train.",
+                "Take it off data.train, or name other held-out rows with evaluation.file.",
+            )
+
+
 def _refuse_shared_prompts(material: Material, held_out: np.ndarray, trains: np.ndarray) -> None:
     keys = material.table.prompt_key
     shared = np.flatnonzero(held_out & np.isin(keys, keys[trains]))
@@ -177,7 +210,8 @@ def _refuse_shared_prompts(material: Material, held_out: np.ndarray, trains: np.
     raise DataError(
         f"{len(shared)} of {int(held_out.sum())} evaluation rows have a prompt that is also in {material.train_told}: "
         f"{', '.join(places)}{more}.",
-        "Delete them from one of the two files: an answer seen in training measures nothing.",
+        "Delete them from one of the two files: an answer seen in training measures nothing. (data.duplicates drops "
+        "training rows that repeat an evaluation row, answer included.)",
     )
 
 

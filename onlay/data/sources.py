@@ -8,10 +8,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import logging
 import re
+import socket
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from onlay.data.files import (
     ENDED,
@@ -34,6 +39,8 @@ from onlay.recipe import DataSection
 __all__ = ["ENDED", "SUFFIXES", "OnBad", "Reading", "Row", "raise_bad", "read_rows", "source_digest", "type_name"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+PORTS = {"http": 80, "https": 443}
+REACH_SECONDS = 5
 
 
 def read_rows(
@@ -116,11 +123,20 @@ def _read_hub(name: str, section: DataSection, asked: Asked) -> Iterator[Row]:
 def _load_hub(name: str, section: DataSection) -> Any:
     """The split of a hub data set (a `datasets.Dataset`, memory-mapped).  Raises DataError."""
     import datasets
+    import huggingface_hub.constants as hub_constants
     import huggingface_hub.errors as hub
 
     config, split = section.hub_config, section.hub_split
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if not hub_constants.HF_HUB_OFFLINE and not kept.is_dir() and not _reaches(hub_constants.ENDPOINT):
+        # The client would try for most of a minute.
+        raise DataError(
+            f"There is no local file {name}, and the hub, where it would be a data set, cannot be reached.",
+            "Check the path; or the network, for a data set of the hub.",
+        )
     try:
-        return datasets.load_dataset(name, config, split=split)
+        with _quiet("huggingface_hub", "datasets"):
+            return datasets.load_dataset(name, config, split=split)
     except (datasets.exceptions.DatasetNotFoundError, hub.GatedRepoError, hub.RepositoryNotFoundError) as error:
         what = str(error)
         if isinstance(error, hub.GatedRepoError) or "gated" in what:
@@ -143,6 +159,32 @@ def _load_hub(name: str, section: DataSection) -> Any:
             f"The data set {name} (hub_config {config}, hub_split {split}) cannot be loaded: {what}.",
             "Set data.hub_config and data.hub_split to what its hub page lists, or give a local file.",
         ) from None
+
+
+def _reaches(endpoint: str) -> bool:
+    """Whether a connection to the hub can be made; what a proxy reaches only the client knows."""
+    where = urlsplit(endpoint)
+    if where.hostname is None or getproxies().get(where.scheme) or getproxies().get("all"):
+        return True
+    try:
+        with socket.create_connection((where.hostname, where.port or PORTS.get(where.scheme, 443)), REACH_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Loggers that tell errors alone: what goes wrong is told by our own error."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def source_digest(source: str, section: DataSection) -> str:

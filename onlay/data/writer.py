@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,11 @@ class SplitWriter:
         self.folder, self.name = folder, name
         self.files: dict[str, BinaryIO] = {}
         self.written = dict.fromkeys(ARRAYS, 0)
-        self.given = self.rows = self.trained_tokens = self.longest = 0
-        """`given`: rows that were meant for this split; `rows`: those that it has examples of."""
+        self.given = self.trained_tokens = self.longest = 0
+        """`given`: rows that were meant for this split."""
+        self.rows_of: Counter[int] = Counter()
+        self.examples_of: Counter[int] = Counter()
+        """By the number of the source: rows that the split has examples of, and those examples."""
         self.has_end = False
         """Whether any example trains a token that ends an answer."""
 
@@ -118,13 +122,14 @@ class SplitWriter:
         self._append("trained", np.array(trained, dtype=bool))
         self._append("offsets", np.array([self.written["tokens"]], dtype=np.int64))
         self._append("places", np.array([source << PLACE_BITS | number], dtype=np.int64))
+        self.examples_of[source] += 1
         self.trained_tokens += sum(trained)
         self.longest = max(self.longest, len(ids))
 
     @property
     def facts(self) -> SplitFacts:
         return SplitFacts(
-            rows=self.rows,
+            rows=self.rows_of.total(),
             examples=self.written["places"],
             tokens=self.written["tokens"],
             trained_tokens=self.trained_tokens,

@@ -24,7 +24,9 @@ class Evidence:
     epochs: float | None
     held_out_losses: tuple[float, ...]
     duplicate_share: float | None
-    """Training rows whose prompt and answer occurred before."""
+    """Training rows that repeat another row; a row that its weight repeats is one."""
+    most_repeats: int | None
+    """How often an epoch trains the row that it trains most often."""
     dropout: float | None
     temperature: float
     repetition_penalty: float
@@ -61,11 +63,15 @@ def _causes(evidence: Evidence, *, endless: float, loops: float) -> list[tuple[s
     if evidence.epochs is not None:
         losses = evidence.held_out_losses
         risen = losses[-1] / min(losses) - 1 if len(losses) > 1 and min(losses) > 0 else 0.0
+        repeats = evidence.most_repeats or 1
+        passes = f"{evidence.epochs:.1f} passes over the rows"
+        if repeats > 1:
+            passes += f", {evidence.epochs * repeats:.1f} over those that weights or the general share repeat"
         found.append(
             (
                 "too many epochs",
-                evidence.epochs > MANY_EPOCHS or risen > OVERFIT,
-                f"{evidence.epochs:.1f} passes over the rows; the last held-out loss is {risen:.0%} above the best",
+                evidence.epochs * repeats > MANY_EPOCHS or risen > OVERFIT,
+                f"{passes}; the last held-out loss is {risen:.0%} above the best",
             )
         )
     if evidence.duplicate_share is not None:
@@ -73,7 +79,7 @@ def _causes(evidence: Evidence, *, endless: float, loops: float) -> list[tuple[s
             (
                 "duplicate rows",
                 evidence.duplicate_share > DUPLICATES,
-                f"{evidence.duplicate_share:.1%} of the training rows came before",
+                f"{evidence.duplicate_share:.1%} of the training rows repeat another",
             )
         )
     if evidence.dropout is not None:

@@ -6,23 +6,27 @@ redirects are not followed, since they would carry it to another host.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from threading import Event, Lock
-from typing import Any
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread, Timer
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from onlay.errors import OnlayError, SetupError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses that may pass; every other one stops the judging at once."""
+"""HTTP statuses that may pass; every other one stops the asking at once."""
+OF_THE_PROMPT = (400, 413, 422)
+"""HTTP statuses that may be about one prompt, such as a content filter's or a context's that is too short."""
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0
 REPLY_BYTES = 1 << 22
@@ -35,11 +39,57 @@ class Completion:
     text: str
     cut: bool
     """Whether it ended at `max_tokens`, by the server's word."""
+    refused: int | None = None
+    """The HTTP status where the server refused the prompt: there is no text then."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+class _Line(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """One request's connection: ended from another thread at its deadline, or when nobody waits for the reply any more."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.late = self._ended = False
+        self._socket: socket.socket | None = None
+        self._timer = Timer(seconds, self._run_late)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _run_late(self) -> None:
+        self.late = True
+        self.end()
+
+    def end(self) -> None:
+        """Whoever reads from it gets to its end at once."""
+        self._ended = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # It is closed already.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # Past TLS, which would wait for the other side.
+
+    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(self._connection(HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(self._connection(HTTPSConnection), request)
+
+    def _connection(self, kind: type[HTTPConnection]) -> Any:
+        def connect(connection: HTTPConnection) -> None:
+            kind.connect(connection)
+            self._socket = connection.sock
+            if self._ended:
+                self.end()
+
+        return type("Connection", (kind,), {"connect": connect})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,19 +103,25 @@ class Endpoint:
     """Name of the environment variable that holds the API key; None: no key is sent."""
     max_tokens: int = 512
     timeout_seconds: float = 60.0
-    """Of one attempt, between two parts of a reply."""
+    """Of one attempt, until its reply is there as a whole."""
     attempts: int = 5
     """Of one request, the first included; waits of 1, 2, 4, ... seconds between them, or what Retry-After asks for."""
     concurrency: int = 4
     temperature: float = 0.0
     part: str = "judge"
     """What errors call it: the judge's, the model's."""
+    keep_refusals: bool = False
+    """Whether a prompt that the server refuses by a status of OF_THE_PROMPT has a reply that says so; else it is an error."""
+    tell: Callable[[str], None] | None = None
+    """Told, in the caller's thread, that a server of which nothing was read yet is tried again."""
     retries: int = field(default=0, init=False)
     """Attempts after the first, over all requests so far."""
     prompt_tokens: int = field(default=0, init=False)
     """Of all replies so far, as the server counts them in `usage`; 0 where it does not."""
     answer_tokens: int = field(default=0, init=False)
+    _answered: bool = field(default=False, init=False, repr=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False)
+    _lines: set[_Line] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -96,27 +152,78 @@ class Endpoint:
         """(place, reply) of each prompt as it comes in, at most `concurrency` at once.
 
         Raises SetupError for a missing key, a refused request, or one that failed `attempts` times; what is under way
-        then is still handed out, and nothing new is begun.
+        then is still handed out, and nothing new is begun.  A KeyboardInterrupt waits for nothing: what came in before it
+        is handed out, and what is under way is given up.
         """
         key = self._key()
         failure: OnlayError | None = None
         stop = Event()
-        pool = ThreadPoolExecutor(max_workers=self.concurrency)
+        to_ask: SimpleQueue[tuple[int, str]] = SimpleQueue()
+        for one in enumerate(prompts):
+            to_ask.put(one)
+        came: SimpleQueue[_Came] = SimpleQueue()
+        # Not an executor's threads, for which the interpreter would wait at its end.
+        threads = [
+            Thread(target=self._work, args=(to_ask, came, key, stop), daemon=True)
+            for _ in range(min(self.concurrency, len(prompts)))
+        ]
+        told = replies = 0
         try:
-            places = {pool.submit(self._reply, prompt, key, stop): place for place, prompt in enumerate(prompts)}
-            for future in as_completed(places):
-                problem = future.exception()
-                if isinstance(problem, OnlayError):
-                    failure = failure or problem
-                elif problem is not None:
-                    raise problem
-                elif (reply := future.result()) is not None:
-                    yield places[future], reply
+            for thread in threads:
+                thread.start()
+            running = len(threads)
+            while running:
+                what = came.get()
+                if what is None:
+                    running -= 1
+                elif isinstance(what, _Retry):
+                    if self.tell is not None and what.attempt > told and not self._answered:
+                        told = what.attempt
+                        self.tell(
+                            f"{self.name}: {what.why}; attempt {told + 1} of {self.attempts} in {what.seconds:.0f} s"
+                        )
+                elif isinstance(what, OnlayError):
+                    failure = failure or what
+                else:
+                    replies += 1
+                    yield what
+        except KeyboardInterrupt:
+            while True:
+                try:
+                    what = came.get_nowait()
+                except Empty:
+                    break
+                if isinstance(what, tuple):
+                    yield what
+            raise
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            with self._lock:
+                lines = list(self._lines)
+            for line in lines:
+                line.end()
         if failure is not None:
             raise failure
+        if replies < len(prompts):  # A thread ended by an error that is none of a server's, and printed it.
+            raise RuntimeError(f"{len(prompts) - replies} of {len(prompts)} prompts were left without a reply")
+
+    def _work(
+        self, to_ask: SimpleQueue[tuple[int, str]], came: SimpleQueue[_Came], key: str | None, stop: Event
+    ) -> None:
+        """One thread's part; None says that it has ended."""
+        try:
+            while not stop.is_set():
+                place, prompt = to_ask.get_nowait()
+                reply = self._reply(prompt, key, stop, came)
+                if reply is not None:
+                    came.put((place, reply))
+        except Empty:
+            pass
+        except OnlayError as error:
+            stop.set()
+            came.put(error)
+        finally:
+            came.put(None)
 
     def _key(self) -> str | None:
         if self.key_variable is None:
@@ -133,7 +240,7 @@ class Endpoint:
             )
         return key
 
-    def _reply(self, prompt: str, key: str | None, stop: Event) -> Completion | None:
+    def _reply(self, prompt: str, key: str | None, stop: Event, came: SimpleQueue[_Came]) -> Completion | None:
         """None once another request has failed for good: then nothing is begun or tried again."""
         why = ""
         for attempt in range(self.attempts):
@@ -145,25 +252,31 @@ class Endpoint:
             asked = None
             try:
                 return self._text(self._post(prompt, key), key)
-            except OnlayError:
-                stop.set()
-                raise
             except urllib.error.HTTPError as error:
                 why = f"HTTP {error.code}"
                 asked = error.headers.get("Retry-After")
                 error.close()
+                if self.keep_refusals and error.code in OF_THE_PROMPT:
+                    return Completion("", False, error.code)
                 if error.code not in RETRIED:
-                    stop.set()
                     raise self._refused(error.code) from None
-            except (TimeoutError, urllib.error.URLError, HTTPException, ConnectionError) as error:
+            except _NoCompletionError:
+                why = "something that is not an OpenAI chat completion"
+            except (OSError, HTTPException) as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 why = "no reply in time" if isinstance(reason, TimeoutError) else type(reason).__name__
             if attempt + 1 < self.attempts:
-                stop.wait(delay_seconds(attempt, retry_after=asked))
-        stop.set()
+                seconds = delay_seconds(attempt, retry_after=asked)
+                came.put(_Retry(attempt + 1, why, seconds))
+                stop.wait(seconds)
+        if self._answered:
+            remedy = (
+                "Try again later: replies that are kept in a file are not asked for again. Or lower the concurrency."
+            )
+        else:
+            remedy = f"Nothing was read from it: check the {self.part}'s base_url (it usually ends in /v1), and that the server runs."
         raise SetupError(
-            f"The {self.part} {self.name} gave no reply in {self.attempts} attempts; the last: {why}.",
-            "Try again later: replies that are kept in a file are not asked for again. Or lower the concurrency.",
+            f"The {self.part} {self.name} gave no reply in {self.attempts} attempts; the last: {why}.", remedy
         )
 
     def _post(self, prompt: str, key: str | None) -> bytes:
@@ -176,9 +289,22 @@ class Endpoint:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         address = self.base_url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, data=json.dumps(body).encode(), headers=headers)
-        opener = urllib.request.build_opener(_NoRedirect)
-        with opener.open(request, timeout=self.timeout_seconds) as response:
-            content: bytes = response.read(REPLY_BYTES)
+        with _Line(self.timeout_seconds) as line:
+            with self._lock:
+                self._lines.add(line)
+            try:
+                opener = urllib.request.build_opener(_NoRedirect, line)
+                with opener.open(request, timeout=self.timeout_seconds) as response:
+                    content: bytes = response.read(REPLY_BYTES)
+            except (OSError, HTTPException):
+                if line.late:
+                    raise TimeoutError from None
+                raise
+            finally:
+                with self._lock:
+                    self._lines.discard(line)
+            if line.late:  # What was read is but a part.
+                raise TimeoutError
             return content
 
     def _text(self, content: bytes, key: str | None) -> Completion:
@@ -189,11 +315,9 @@ class Endpoint:
             text = choice["message"]["content"] or ""
             if not isinstance(text, str):
                 raise TypeError
-        except (ValueError, LookupError, TypeError):
-            raise SetupError(
-                f"The {self.part} {self.name} answered with something that is not an OpenAI chat completion.",
-                f"Check the {self.part}'s base_url; it usually ends in /v1.",
-            ) from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise _NoCompletionError from None
+        self._answered = True
         self._count(value.get("usage"))
         return Completion(text.replace(key, "[key]") if key else text, choice.get("finish_reason") == "length")
 
@@ -218,6 +342,21 @@ class Endpoint:
             f"The {self.part} {self.name} answered HTTP {status}: {what}.",
             remedies.get(status, f"Check the {self.part}'s base_url and model, and that the prompts fit its context."),
         )
+
+
+class _NoCompletionError(Exception):
+    """A reply with status 200 that is something else: what stands before a server answers so while it starts or fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    attempt: int
+    """Those that have failed."""
+    why: str
+    seconds: float
+
+
+_Came = tuple[int, Completion] | OnlayError | _Retry | None
 
 
 def delay_seconds(attempt: int, *, retry_after: str | None) -> float:

@@ -85,11 +85,6 @@ def _refuse_unread_by_prepare(recipe: Recipe) -> None:
             "data.anonymise = pseudonyms needs a key, and data.anonymise_key names no file for it.",
             "Set data.anonymise_key to a file apart from the data (it is made where there is none), or data.anonymise to redact.",
         )
-    if data.balance != "none" and any(source.weight != 1 for source in listed_sources(data.train)):
-        raise RecipeError(
-            f"data.balance = {data.balance} and a weight in data.train both say how often rows train.",
-            "Delete one of the two.",
-        )
     files = [source.file for source in listed_sources(data.train)] + ([data.general] if data.general else [])
     twice = next((file for file in files if files.count(file) > 1), None)
     if twice is not None:

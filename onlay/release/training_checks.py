@@ -11,9 +11,11 @@ from onlay.release.evidence import Evidence, Outcome, failed, not_done, of, pass
 from onlay.release.licences import terms_of
 
 LOST_ROWS = ("overlong_dropped", "nothing_trained")
+CHOSEN_AWAY = ("duplicates_dropped", "balanced_away", "thinned", "general_held_out", "general_not_drawn")
+"""Rows that the recipe asked to leave out; no loss."""
 CUT_ROWS = ("overlong_cut",)
 MOST_LOST = 0.05
-"""Share of the rows that may be dropped or cut: with more, the adapter learns from other data than was given."""
+"""Share of the chosen rows that may be lost or cut: with more, the adapter learns from other data than was chosen."""
 WINDOW_STEPS = 32
 LEAST_WINDOW_STEPS = 8
 SPIKE_FACTOR = 10.0
@@ -30,13 +32,20 @@ def data_quality(seen: Evidence) -> Outcome:
     counts = {finding.code: finding.count for finding in dataset.findings}
     rows = sum(split.rows for split in dataset.splits.values())
     lost, cut = (sum(counts.get(code, 0) for code in codes) for codes in (LOST_ROWS, CUT_ROWS))
-    share = (lost + cut) / max(1, rows)
-    told = f"{of(rows, 'row')}, {lost:,} dropped, {cut:,} cut ({share:.1%})"
+    share = (lost + cut) / max(1, rows + lost)
+    told = f"{of(rows, 'row')}, {_count(lost)} lost, {_count(cut)} cut ({share:.1%})"
+    left_out = [f"{counts[code]:,} {code}" for code in CHOSEN_AWAY if code in counts]
+    if left_out:
+        told += f"; left out by the recipe's choice: {', '.join(left_out)}"
     details = [f"{finding.count:,} {finding.message}" for finding in dataset.findings]
     if share > MOST_LOST:
         remedy = "Raise data.max_tokens, or shorten and correct the rows that are named: onlay prepare RECIPE"
-        return failed(f"{told}; at most {MOST_LOST:.0%} may be", dataset, remedy, details=details)
+        return failed(f"{told}; at most {MOST_LOST:.0%} may be lost or cut", dataset, remedy, details=details)
     return passed(told, dataset, details=details)
+
+
+def _count(rows: int) -> str:
+    return f"{rows:,}" if rows else "none"
 
 
 def trained_rows(seen: Evidence) -> Outcome:
@@ -61,7 +70,9 @@ def base_licence(seen: Evidence) -> Outcome:
 def data_licence(seen: Evidence) -> Outcome:
     unknown = f"Name it, own for rows of your own: data.licence in the recipe, or onlay check {seen.place} --data-licence NAME"
     forbidden, recorded, stated = "Train on rows whose licence allows it", seen.data_licence, seen.stated_data_licence
-    return _licence(seen.dataset.source, recorded, stated, source=seen.dataset, unknown=unknown, forbidden=forbidden)
+    general = seen.recipe.data.general
+    what = seen.dataset.source if general is None else f"{seen.dataset.source}, {general} (data.general)"
+    return _licence(what, recorded, stated, source=seen.dataset, unknown=unknown, forbidden=forbidden)
 
 
 def _licence(
@@ -85,7 +96,7 @@ def evaluation_set(seen: Evidence) -> Outcome:
     if evaluation.file is not None:
         proof = f"of {evaluation.file}; preparing refuses a prompt that is also among the training rows"
     else:
-        proof = f"of {seen.dataset.source}, held out by prompt, so that no prompt is on both sides"
+        proof = f"of {seen.dataset.source}, held out in groups, so that no prompt is on both sides"
     return passed(f"{of(split.rows, 'row')} {proof}", seen.dataset)
 
 

@@ -27,6 +27,7 @@ from onlay.stages.registering import (
     verify,
     versions,
 )  # fmt: skip
+from onlay.stages.restoring import Restored, restore
 from onlay.stages.reviewing import Chosen, Review, review
 from onlay.stages.showing import log, schema, show
 from onlay.stages.starting import init
@@ -34,8 +35,8 @@ from onlay.stages.synthesizing import Speaker, Synthesis, synthesize
 from onlay.stages.training import train
 
 __all__ = [
-    "Chat", "Chosen", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Review", "Source", "Speaker", "Synthesis",
+    "Chat", "Chosen", "Demo", "LoadedHead", "LoadedRun", "Loading", "Prepared", "Report", "Restored", "Review", "Source", "Speaker", "Synthesis",
     "audit", "chat", "check", "compare", "compatible", "demo", "diff", "evaluate", "find_version", "generate", "held_out_rows", "history",
     "init", "log", "look", "merge", "open_head", "open_run", "prepare", "prepare_source", "promote", "pull", "push",
-    "register", "review", "rollback", "schema", "show", "synthesize", "train", "verify", "versions",
+    "register", "restore", "review", "rollback", "schema", "show", "synthesize", "train", "verify", "versions",
 ]  # fmt: skip

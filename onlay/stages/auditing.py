@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from onlay.stages.knowledge import BaseFindings
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
-FEW_ROWS = 500
-TYPICAL_ROWS = {
-    "head": "100 rows of each label and more",
-    "full": "10,000 rows and more",
-}
-"""What a method is usually given; the adapters of the LoRA family learn a manner or a task from fewer."""
-TYPICAL_ADAPTER_ROWS = "500 to 10,000 rows of one task"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +44,7 @@ def audit(
     known: bool = False,
     shown: int | None = 20,
     workers: int | None = None,
+    page: Path | None = None,
     report: Report = silent,
 ) -> Audit:
     """Reads every row and says what is wrong.  Raises OnlayError for what cannot be looked at at all.
@@ -58,15 +52,21 @@ def audit(
     `target`: a data file, a hub data set, or a recipe (.yaml), whose sources, evaluation.file, base and method then count.
     `against`: benchmark files whose rows should not be in the training rows.  `base`: whose tokenizer and template tell
     tokens and masks (default: the recipe's); `known` also loads its weights and asks what it knows.  `shown`: most rows
-    named with each finding (None: all).  `workers`: processes for large inputs (None: one for each core).
+    named with each finding (None: all).  `workers`: processes for large inputs (None: one for each core).  `page`: where a
+    page will be written afterwards: refused before a row is read where that is what the audit reads, or anything but a page.
     Rows that cannot be read are counted and named, and do not stop it; `Audit.ok` then is false.
     """
     from onlay.data.audit.comparison import compare_rows
+    from onlay.data.audit.destination import check_destination
     from onlay.data.audit.engine import Settings, examine
+    from onlay.data.audit.handled import tell_handled
+    from onlay.data.audit.size import few_rows
 
     began = time.monotonic()
     asked = _ask(str(target), overrides, against, base, known)
     data = asked.recipe.data
+    if page is not None:
+        check_destination(page, used=_used(str(target), asked))
     examined = examine(
         asked.sources, asked.section,
         settings=Settings(near_threshold=data.near_threshold, terms=data.terms, workers=workers),
@@ -78,11 +78,12 @@ def audit(
     with_base = _ask_base(asked, examined, known, report) if asked.with_base else None
     files = [file.path for file in examined.files]
     told = compared.told | (with_base.told if with_base is not None else {})
-    findings = [
+    found = [
         *examined.tally.findings(files, shown=shown, told=told),
-        *_few_rows(asked, examined),
+        *few_rows(_training_rows(examined), method=asked.recipe.adapter.method),
         *(with_base.findings if with_base is not None else ()),
     ]
+    findings = tell_handled(found, data)
     made = _record(
         examined, findings=findings, groups=[*examined.groups, *compared.groups],
         distributions=[*examined.distributions, *compared.distributions],
@@ -119,6 +120,20 @@ def _ask(target: str, overrides: Sequence[str], against: Sequence[str], base: st
     return _Asked(recipe=recipe, section=row_section(recipe), sources=sources, with_base=with_base, is_recipe=is_recipe)
 
 
+def _used(target: str, asked: _Asked) -> dict[str, str]:
+    """Files that the audit, or its recipe, reads or keeps: path to what it is."""
+    data = asked.recipe.data
+    roles = {"train": "audited", "evaluation": "the evaluation file", "benchmark": "a benchmark file (--against)"}
+    used = {source.path: roles[source.role] for source in asked.sources}
+    if asked.is_recipe:
+        used[target] = "the recipe"
+    if data.terms is not None:
+        used[data.terms] = "the list of terms"
+    if data.anonymise_key is not None and not data.anonymise_key.startswith("env:"):
+        used |= {data.anonymise_key: "the key of pseudonyms", f"{data.anonymise_key}.vault": "the vault of pseudonyms"}
+    return used
+
+
 def _ask_base(asked: _Asked, examined: Examined, known: bool, report: Report) -> BaseFindings | None:
     import numpy as np
 
@@ -138,17 +153,6 @@ def _placed(examined: Examined, rows: np.ndarray) -> Iterator[PlacedItem]:
     table = examined.table
     for index, item in examined.read_items(rows):
         yield int(table.source[index]), int(table.number[index]), item
-
-
-def _few_rows(asked: _Asked, examined: Examined) -> list[Finding]:
-    from onlay.data.audit.catalogue import finding
-
-    rows = _training_rows(examined)
-    if rows >= FEW_ROWS:
-        return []
-    method = asked.recipe.adapter.method
-    told = {"least": FEW_ROWS, "method": method, "typical": TYPICAL_ROWS.get(method, TYPICAL_ADAPTER_ROWS)}
-    return [finding("few_rows", count=rows, told=told)]
 
 
 def _training_rows(examined: Examined) -> int:

@@ -107,7 +107,7 @@ def examine_with_base(
         )  # fmt: skip
         distributions += scored.distributions
         measures |= scored.measures
-        told |= {code: {"scored": len(scored.losses), "rows": rows} for code in ("known_by_base", "beyond_base")}
+        told |= {code: {"scored": f"{len(scored.losses):,}"} for code in ("known_by_base", "beyond_base")}
     return BaseFindings(
         base=facts.name, tokens=masks.tokens, trained_tokens=masks.trained_tokens, findings=masks.findings(files),
         distributions=distributions, measures=measures, told=told,
@@ -165,13 +165,14 @@ def known_rows(
     are not scored.  Adds known_by_base and beyond_base to the tally.  Raises ProofError for losses that are not finite."""
     import numpy as np
 
+    from onlay.data.audit.beginnings import encode_beginnings
     from onlay.data.audit.masks import examples_of
     from onlay.evaluation.likelihood import Passage, passages_of_examples, row_nats
     from onlay.model.tokenizer import pad_token_id
 
     refused: dict[int, DataError] = {}
     decode = partial(template.tokenizer.decode, skip_special_tokens=True)
-    encoded = template.encode_batch([item for _, _, item in items], refused=refused)
+    encoded, _ = encode_beginnings(template, [item for _, _, item in items], max_tokens=max_tokens, refused=refused)
     places: list[tuple[int, int]] = []
     passages: list[Passage] = []
     for (source, number, _), one in zip(items, encoded, strict=True):

@@ -40,10 +40,11 @@ class Source:
 
 
 def look(recipe: Recipe, *, report: Report = silent) -> Source:
-    """Reads every row once and the base's headers.  Raises OnlayError, within seconds, for all that shows without torch."""
+    """Reads every row, unless the same were read before, and the base's headers.  Raises OnlayError, within seconds, for all that shows without torch."""
+    from onlay.data.audited import read_audited
     from onlay.data.build import resolve_max_tokens
     from onlay.data.labels import find_labels
-    from onlay.data.material import read_material, refuse_errors
+    from onlay.data.material import refuse_errors
     from onlay.data.select import select_rows
     from onlay.data.template import read_template
     from onlay.model.facts import check_targets, read_facts
@@ -51,7 +52,11 @@ def look(recipe: Recipe, *, report: Report = silent) -> Source:
     _check_trackers(recipe)
     if recipe.data.template != "auto":
         read_template(recipe.data.template)
-    material = read_material(recipe, progress=lambda done, total: report(Loading("reading rows", done, total)))
+    material = read_audited(
+        recipe,
+        folder=ledger.home() / "audited",
+        progress=lambda done, total: report(Loading("reading rows", done, total)),
+    )
     refuse_errors(material, recipe)
     selection = select_rows(material, recipe)
     facts = read_facts(recipe.model, progress=lambda done, total: report(Loading("fetching the base", done, total)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from onlay.stages.measurement import Measured
 from onlay.stages.subjects import Subject
 
 if TYPE_CHECKING:
+    from onlay.data.split import Split
     from onlay.evaluation.endpoint import Endpoint
     from onlay.evaluation.findings import Findings
     from onlay.evaluation.measuring import Material
@@ -114,34 +116,45 @@ def _best(found: Findings) -> float:
 
 def _evidence(subject: Subject, material: Material) -> Any:
     """What a run's records and rows say about why answers might loop or not stop."""
-    import numpy as np
-
     from onlay.data.split import open_split
     from onlay.evaluation.causes import Evidence
 
-    ends, examples, duplicates, losses = None, None, None, ()
+    ends, examples, duplicates, repeats, losses = None, None, None, None, ()
     epochs, dropout = None, getattr(subject.recipe.adapter, "dropout", None)
     if subject.run is not None and subject.dataset is not None:
         split = open_split(subject.dataset, "train")
-        stops = np.array(subject.dataset.stop_token_ids)
-        examples, seen, repeated, ends = len(split), set(), 0, 0
-        for index in range(examples):
-            ids, flags = split.example(index)
-            ends += bool(np.isin(ids[flags], stops).any())
-            key = ids.tobytes()
-            repeated += key in seen
-            seen.add(key)
-        duplicates = repeated / max(1, examples)
+        examples = len(split)
+        ends = _trained_ends(split, subject.dataset.stop_token_ids)
+        duplicates, repeats = _repetitions(split)
         losses = tuple(
             event["loss"] for event in _metrics(subject) if event["event"] == "evaluation" and event["step"] > 0
         )
         epochs = subject.run.steps * subject.recipe.training.batch_size / max(1, examples)
     return Evidence(
         end_tokens_trained=ends, trained_examples=examples, epochs=epochs, held_out_losses=losses,
-        duplicate_share=duplicates, dropout=dropout, temperature=material.sampling.temperature,
+        duplicate_share=duplicates, most_repeats=repeats, dropout=dropout, temperature=material.sampling.temperature,
         repetition_penalty=material.sampling.repetition_penalty, max_new_tokens=material.sampling.max_new_tokens,
         longest_expected_tokens=material.longest_expected_tokens,
     )  # fmt: skip
+
+
+def _trained_ends(split: Split, stop_token_ids: Sequence[int]) -> int:
+    """Examples that train a token that ends an answer."""
+    import numpy as np
+
+    stops = np.array(stop_token_ids)
+    examples = map(split.example, range(len(split)))
+    return sum(bool(np.isin(ids[flags], stops).any()) for ids, flags in examples)
+
+
+def _repetitions(split: Split) -> tuple[float, int]:
+    """Share of the training rows that repeat another row, and how often an epoch trains the one that it trains most often.
+
+    Examples with the same tokens from the same place are one row that a weight (or the general share) repeats.
+    """
+    of_row = Counter((split.example(index)[0].tobytes(), split.place(index)) for index in range(len(split)))
+    different = {tokens for tokens, _ in of_row}
+    return (len(of_row) - len(different)) / max(1, len(of_row)), max(of_row.values(), default=1)
 
 
 def _metrics(subject: Subject) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onlay.errors import DataError, OnlayError, OutputError
 from onlay.records import AuditedFile, Finding
 from onlay.stages.events import Report, silent
-from onlay.stages.synthesizing import reading_section
+from onlay.stages.synthesizing import bare_name, reading_section
 
 if TYPE_CHECKING:
     from onlay.data.decisions import Decisions
@@ -42,7 +42,7 @@ class Review:
     file: str
     decisions_path: str
     decided: dict[str, int]
-    """All decisions kept so far by what they say: accept, edit, reject."""
+    """All decisions about the file kept so far by what they say: accept, edit, reject."""
     chosen: int | None = None
     """Rows to review; None: nobody was asked."""
     left: int | None = None
@@ -91,19 +91,19 @@ def review(
     if apply is not None and apply.suffix != ".jsonl":
         raise OutputError(f"--apply {apply} does not end in .jsonl.", "The rows are written as JSON lines.")
     reviewed = Reviewed.opened(file, section)
-    path = log if log is not None else Path(file).with_name(f"{Path(file).name.split('.')[0]}.decisions.jsonl")
+    path = log if log is not None else Path(file).with_name(f"{bare_name(file)}.decisions.jsonl")
     kept = Decisions(path)
     found: dict[str, Any] = {}
     if decisions is not None:
         found["taken_over"] = take_over(decisions, reviewed, kept, who=_who(who), when=_now())
     if apply is not None:
-        if not len(kept):
+        if not kept.of(file):
             raise OutputError(f"There is no decision about {file} in {path}.", f"Make some: onlay review {file}")
         applied = apply_decisions(reviewed, kept, output=apply, decided_only=decided_only)
         found |= {"output": str(apply), "applied": asdict(applied)}
     if decisions is None and apply is None:
         found |= _session(reviewed, kept, ask, chosen or Chosen(), who=_who(who), report=report)
-    decided = Counter(decision.decision for decision in kept)
+    decided = Counter(decision.decision for decision in kept.of(file))
     return Review(file=file, decisions_path=str(path), decided=dict(sorted(decided.items())), **found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -42,7 +43,7 @@ class Speaker:
     concurrency: int = 4
     """Requests at once, of an endpoint."""
     timeout_seconds: float = 300.0
-    """Of an endpoint: longest wait for a reply, which comes as a whole."""
+    """Of an endpoint: longest wait for a whole reply."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ def synthesize(
     Raises OnlayError.
     """
     from onlay.data.synthesis.prompts import template_digest
-    from onlay.data.synthesis.replies import Replies
+    from onlay.data.synthesis.replies import Replies, check_writable
     from onlay.data.synthesis.rounds import Asking, make_rows
     from onlay.data.synthesis.rounds import Settings as Defaults
     from onlay.data.synthesis.seeds import read_seeds
@@ -105,6 +106,7 @@ def synthesize(
     from onlay.evaluation.text import words
 
     settings = settings or Defaults()
+    _check_prices(prices)
     path, rejected_path, replies_path = _paths(seeds, output)
     section = reading_section(seeds, overrides)
     found = read_seeds(seeds, section)
@@ -116,9 +118,10 @@ def synthesize(
         replies_path,
         settings={
             **asdict(settings), "model": asked.name, "judge": grading.name if grading else None,
-            "seeds": found.digest, "template": template_digest()[:12],
+            "seeds": found.digest, "template": template_digest()[:12], **_reading(section),
         },
     )  # fmt: skip
+    check_writable(path, rejected_path, replies_path)
     for note in found.notes:
         report(note)
     asking = Asking(model=asked, judge=grading, words=words, longest_common=longest_common)
@@ -149,8 +152,38 @@ def reading_section(source: str, overrides: Sequence[str]) -> DataSection:
     return apply_overrides({"model": {"base": "pocket"}, "data": {"train": source}}, overrides).data
 
 
+def _reading(section: DataSection) -> dict[str, Any]:
+    """Fields of READING that are not as they are by default."""
+    fields = {name: name.removeprefix("data.") for name in READING}
+    return {
+        name: getattr(section, field)
+        for name, field in fields.items()
+        if getattr(section, field) != DataSection.model_fields[field].default
+    }
+
+
+def bare_name(file: str | Path) -> str:
+    """A file's name without the suffixes that say what it holds: `d.v1` of folder/d.v1.jsonl.gz."""
+    from onlay.data.sources import SUFFIXES
+
+    name = Path(file).name
+    for suffixes in ((".gz",), SUFFIXES):
+        suffix = Path(name).suffix
+        if suffix.lower() in suffixes:
+            name = name.removesuffix(suffix)
+    return name
+
+
+def _check_prices(prices: tuple[float, float] | None) -> None:
+    if prices is not None and not all(math.isfinite(price) and price >= 0 for price in prices):
+        raise SetupError(
+            f"--prices {prices[0]:g} {prices[1]:g} are not two prices.",
+            "Give USD for a million tokens of prompts and of answers: two numbers from 0 up.",
+        )
+
+
 def _paths(seeds: str, output: str | Path | None) -> tuple[Path, Path, Path]:
-    path = Path(output) if output is not None else Path(f"{Path(seeds).name.split('.')[0]}-synthetic.jsonl")
+    path = Path(output) if output is not None else Path(f"{bare_name(seeds)}-synthetic.jsonl")
     if path.suffix != ".jsonl":
         raise OutputError(f"--output {path} does not end in .jsonl.", "The rows are written as JSON lines.")
     return path, path.with_suffix(".rejected.jsonl"), path.with_suffix(".replies.jsonl")
@@ -197,7 +230,7 @@ class _Speakers:
     def open(self, speaker: Speaker, part: str) -> _Remote | _Local:
         if speaker not in self._opened:
             if speaker.endpoint is not None:
-                found: _Remote | _Local = _Remote(speaker, part, self._settings)
+                found: _Remote | _Local = _Remote(speaker, part, self._settings, self._report)
             elif speaker.key_variable is not None:
                 raise SetupError(
                     f"{speaker.key_variable} is named for the key, but the {part} {speaker.model} is a local one.",
@@ -217,9 +250,9 @@ class _Speakers:
 class _Remote:
     """A model behind an endpoint, at each temperature that is asked for."""
 
-    def __init__(self, speaker: Speaker, part: str, settings: Settings) -> None:
+    def __init__(self, speaker: Speaker, part: str, settings: Settings, report: Report) -> None:
         assert speaker.endpoint is not None
-        self._speaker, self._part, self._settings = speaker, part, settings
+        self._speaker, self._part, self._settings, self._report = speaker, part, settings, report
         self._endpoints: dict[float, Endpoint] = {}
         list(self._at(0.0).ask(()))  # Nothing is asked, but a wrong address or a missing key shows.
         self.name = self._at(0.0).name
@@ -231,7 +264,8 @@ class _Remote:
             self._endpoints[temperature] = Endpoint(
                 base_url=str(self._speaker.endpoint), model=self._speaker.model, temperature=temperature, part=self._part,
                 key_variable=self._speaker.key_variable, max_tokens=self._settings.max_new_tokens,
-                concurrency=self._speaker.concurrency, timeout_seconds=self._speaker.timeout_seconds,
+                concurrency=self._speaker.concurrency, timeout_seconds=self._speaker.timeout_seconds, keep_refusals=True,
+                tell=self._report,
             )  # fmt: skip
         return self._endpoints[temperature]
 
@@ -239,7 +273,10 @@ class _Remote:
         from onlay.data.synthesis.replies import Reply
 
         endpoint = self._at(temperature)
-        return lambda prompts: ((place, Reply(one.text, one.cut)) for place, one in endpoint.complete(prompts))
+        return lambda prompts: (
+            (place, Reply(one.text, one.cut, None if one.refused is None else f"HTTP {one.refused}"))
+            for place, one in endpoint.complete(prompts)
+        )
 
     def fits(self, prompt: str) -> bool:
         """Its context is not known here; a server refuses what is too long."""

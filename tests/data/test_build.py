@@ -14,11 +14,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onlay.data import build
+from onlay.data import chosen
 from onlay.data.build import BUILD_NOTES, prepare_dataset, resolve_max_tokens, split_document
 from onlay.data.material import read_material
 from onlay.data.read import Conversation, Document, scan
 from onlay.data.select import select_rows
+from onlay.data.sources import Row
 from onlay.data.split import coloured, open_split
 from onlay.data.template import NOTES, ChatTemplate
 from onlay.data.writer import SplitWriter
@@ -165,7 +166,7 @@ def test_a_missing_split_is_told(tmp_path: Path) -> None:
 def test_the_second_call_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(write_rows(tmp_path / "a.jsonl", rows(30)))
     first = prepared(tmp_path, recipe)
-    monkeypatch.setattr(build, "_write", None)
+    monkeypatch.setattr("onlay.data.build._write", None)
     assert prepared(tmp_path, recipe) == first
 
 
@@ -205,7 +206,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_progress_counts_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(chosen, "CHUNK_ROWS", 10)
     seen: list[tuple[int, int]] = []
     recipe = recipe_for(
         write_rows(tmp_path / "a.jsonl", rows(25)),
@@ -218,7 +219,7 @@ def test_progress_counts_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_chunks_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(write_rows(tmp_path / "a.jsonl", rows(25)))
     one = prepared(tmp_path / "one", recipe)
-    monkeypatch.setattr(build, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(chosen, "CHUNK_ROWS", 3)
     two = prepared(tmp_path / "two", recipe)
     for name in ("train.tokens.npy", "train.offsets.npy", "evaluation.places.npy", "evaluation.jsonl"):
         assert (Path(one.path) / name).read_bytes() == (Path(two.path) / name).read_bytes()
@@ -341,7 +342,7 @@ def test_overlong_rows_are_cut_and_counted(tmp_path: Path) -> None:
 
 def test_overlong_rows_may_be_an_error(tmp_path: Path) -> None:
     path = lengthy(tmp_path)
-    with pytest.raises(DataError, match=rf"{path}:7: it has \d+ tokens, more than data.max_tokens = 64"):
+    with pytest.raises(DataError, match=rf"{path}:7: it has more tokens than data.max_tokens = 64"):
         prepared(tmp_path, recipe_for(path, data={"max_tokens": 64, "overlong": "error"}, evaluation={"split": None}))
 
 
@@ -380,15 +381,51 @@ def test_documents_of_the_evaluation_split(tmp_path: Path) -> None:
 
 
 def test_long_rows_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "CHUNK_CHARACTERS", 100)
-    row = build.Row("f", 1, {})
-    rows = (build._Chosen(index=0, row=row, item=Document("x" * n)) if n else None for n in (30, 0, 30, 60, 500, 10))
-    assert [(len(chunk), read) for chunk, read in build._chunks(rows)] == [(3, 4), (1, 1), (1, 1)]
+    monkeypatch.setattr(chosen, "CHUNK_CHARACTERS", 100)
+    row = Row("f", 1, {})
+    rows = (chosen.Chosen(index=0, row=row, item=Document("x" * n)) if n else None for n in (30, 0, 30, 60, 500, 10))
+    assert [(len(chunk), read) for chunk, read in chosen.chunks(rows)] == [(3, 4), (1, 1), (1, 1)]
 
 
 def test_max_rows(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, recipe_for(write_rows(tmp_path / "a.jsonl", rows(50)), data={"max_rows": 20}))
     assert sum(split.rows for split in dataset.splits.values()) == 20
+
+
+# ------------------------------------------------------------------------------------------------------------- general
+
+
+def with_general(tmp_path: Path, *, train: int, general: list[dict[str, Any]], **data: Any) -> Recipe:
+    train_path = write_rows(tmp_path / "a.jsonl", rows(train))
+    fields = {"general": str(write_rows(tmp_path / "g.jsonl", general)), **data}
+    return recipe_for(train_path, data=fields, evaluation={"split": None})
+
+
+def missed(dataset: Dataset) -> list[tuple[int, str, str]]:
+    return [(one.count, one.severity, one.message) for one in dataset.findings if one.code == "general_share_missed"]
+
+
+def test_a_share_that_could_not_be_kept_is_told(tmp_path: Path) -> None:
+    short = [{"prompt": f"General {i}", "completion": "Yes."} for i in range(20)]
+    assert missed(prepared(tmp_path, with_general(tmp_path, train=95, general=short))) == []
+    [(count, severity, message)] = missed(prepared(tmp_path, with_general(tmp_path, train=3, general=short)))
+    assert (count, severity) == (1, "warning")
+    assert message.endswith("make 25.0% of the training examples, not the 5.0% of data.general_share")
+    long = [{"prompt": f"General {i}", "completion": "Yes. " * 400} for i in range(20)]
+    [(count, _, message)] = missed(prepared(tmp_path, with_general(tmp_path, train=95, general=long)))
+    assert (count, "make 0.0% of" in message) == (0, True), "rows that are too long are not mixed in"
+
+
+def test_general_rows_alone_are_not_trained_on(tmp_path: Path) -> None:
+    general = [{"prompt": f"G {i}", "completion": "Yes."} for i in range(5)]
+    write_rows(tmp_path / "long.jsonl", rows(9, answer="long " * 99))
+    recipe = recipe_for(
+        tmp_path / "long.jsonl",
+        data={"general": str(write_rows(tmp_path / "g.jsonl", general)), "max_tokens": 64},
+        evaluation={"split": None},
+    )
+    with pytest.raises(DataError, match=r"no token would be trained .*9 overlong_dropped"):
+        prepared(tmp_path, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------ shown, bounded

@@ -98,7 +98,7 @@ def test_a_cut_keeps_the_texts_beginning_and_the_label(tmp_path: Path) -> None:
     assert (len(ids), ids[-1]) == (8, dataset.labels.index("wet"))
     assert ids[:-1].tolist() == tiny_tokenizer()("abcdefg")["input_ids"]
     assert trained.tolist() == [False] * 7 + [True]
-    assert [(f.code, f.count) for f in dataset.findings] == [("overlong_cut", 1)]
+    assert [(f.code, f.count) for f in dataset.findings] == [("few_rows", 2), ("overlong_cut", 1)]
     dropped, _ = prepared(recipe_on(data, data={"max_tokens": 8}), tmp_path)
     assert dropped.splits["train"].examples == 1
 

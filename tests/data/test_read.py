@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -587,7 +589,7 @@ def test_reading_goes_on_after_a_bad_line(tmp_path: Path) -> None:
 def test_reading_goes_on_after_a_bad_record(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'prompt,completion\na,b\nonly one\n"x" y,z\ncaf\xe9,z\n"line\nbreak",c\nd,e\n')
-    assert leniently(path) == ([2, 6, 8], [("not_json", 3), ("not_json", 4), ("not_text", 5)])
+    assert leniently(path) == ([2, 6, 8], [("wrong_field_count", 3), ("not_json", 4), ("not_text", 5)])
 
 
 def test_reading_goes_on_after_an_element_that_is_no_object(tmp_path: Path) -> None:
@@ -709,3 +711,79 @@ def test_a_format_that_was_asked_for_reads_rows_of_several_looks() -> None:
     row = Row("f", 1, {"instruction": "I", "input": "x", "output": "O"})
     item = parse(row, "prompt_completion", section(format="prompt_completion"))
     assert isinstance(item, Conversation) and untrained(item.turns) == (("user", "x"), ("assistant", "O"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"id": 7}, {"source": "s", "system": "S"}, {"instruction": None}])
+@pytest.mark.parametrize(
+    ("format", "values", "code"),
+    [
+        ("alpaca", {"input": "a", "output": "b"}, "missing_field"),
+        ("alpaca", {"input": "a", "response": "b"}, "missing_field"),
+        ("alpaca", {"input": "a", "output": "b", "text": "a b"}, "missing_field"),
+        ("alpaca", {"output": "b", "text": "a b"}, "missing_field"),
+        ("alpaca", {"prompt": "a", "completion": "b"}, "mixed_formats"),
+        ("alpaca", {"input": "a", "answer": "b"}, "mixed_formats"),
+        ("alpaca", {"text": "a b"}, "mixed_formats"),
+        ("alpaca", {"messages": CHAT}, "mixed_formats"),
+        ("prompt_completion", {"prompt": "a", "text": "a b"}, "missing_field"),
+        ("prompt_completion", {"answer": "b", "text": "a b", "label": 1}, "missing_field"),
+        ("prompt_completion", {"text": "a b"}, "mixed_formats"),
+        ("messages", {"text": "a b"}, "mixed_formats"),
+    ],
+)
+def test_other_columns_do_not_make_a_row_one_of_another_format(
+    format: str, values: dict[str, Any], extra: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(Row("f", 7, values | extra), format, section())
+    assert (caught.value.code, caught.value.row) == (code, 7)
+
+
+def test_what_is_wrong_with_a_row_is_said(tmp_path: Path) -> None:
+    def reasons(name: str, content: bytes) -> list[str]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        bad: list[DataError] = []
+        list(read_rows(str(path), section(path), on_bad=bad.append))
+        return [error.problem.removeprefix(str(path)) for error in bad]
+
+    assert reasons("a.jsonl", b'{"text": "cut o\n{"text": "b"}\n{"text": "a\tb"}\n{"text": "end') == [
+        ":1 is not JSON: a string is not closed before the line ends (column 16).",
+        ":3 is not JSON: invalid control character at (column 12).",
+        ":4 is not JSON: unterminated string starting at (column 10).",
+    ]
+    assert reasons("a.csv", b"prompt,completion\na\na,b,c\n") == [
+        ":2 has 1 field; the header has 2.",
+        ":3 has 3 fields; the header has 2.",
+    ]
+    [whole] = reasons("a.parquet", b"PAR1 no")
+    assert whole.startswith(" cannot be read as Parquet: ")
+
+
+def test_a_name_that_is_no_file_fails_fast_where_no_hub_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    import huggingface_hub.constants as constants
+
+    asked: list[str] = []
+
+    def load(name: str, config: str | None, *, split: str) -> Any:
+        asked.append(name)
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        assert len(list(read_rows("ownner/namme", section("ownner/namme")))) == len(ROWS)
+    assert asked == ["ownner/namme"]
+    assert not caplog.records  # The client's talk of retries is not for the user.
+    with pytest.raises(DataError) as caught:
+        list(read_rows("ownner/namme", section("ownner/namme")))
+    assert_two_lines(caught.value, "There is no local file ownner/namme")
+    assert asked == ["ownner/namme"]

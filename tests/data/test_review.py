@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import datetime
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from onlay.data.decisions import Decision, Decisions
@@ -91,7 +95,7 @@ def test_decisions_are_on_disk_before_the_next_row_is_shown(tmp_path: Path) -> N
     ]  # fmt: skip
     first = lines(log)[0]
     assert first == {
-        "row": 1, "place": f"{reviewed.source}:1", "digest": row_digest(Row("any", 9, ROWS[0])), "decision": "accept",
+        "row": 1, "place": "rows.jsonl:1", "digest": row_digest(Row("any", 9, ROWS[0])), "decision": "accept",
         "edited": None, "who": "ann", "when": WHEN,
     }  # fmt: skip
     assert person.totals == [(i, 8) for i in range(1, 6)]
@@ -299,9 +303,6 @@ def json_rows(folder: Path) -> Path:
 
 
 def parquet_rows(folder: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": ["a\nb", "d"], "completion": ["c", "e"]}), folder / "rows.parquet"
     )
@@ -317,11 +318,100 @@ def test_other_formats_of_files(tmp_path: Path, make: Callable[[Path], Path]) ->
     assert lines(tmp_path / "o.jsonl") == [{"prompt": "d", "completion": "e"}]
 
 
-def test_what_json_cannot_hold_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"f:3 holds what JSON text cannot"):
-        row_digest(Row("f", 3, {"at": float("nan")}))
+def test_what_cannot_be_reviewed_is_told(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "completion": ["b"], "at": [datetime.date(2026, 1, 1)]}),
+        tmp_path / "dates.parquet",
+    )
+    with pytest.raises(DataError, match=r"dates\.parquet:1 holds what JSON text cannot: .*date"):
+        opened(tmp_path / "dates.parquet")
     with pytest.raises(DataError, match="holds no rows"):
         write(tmp_path / "none.jsonl", [])
     (tmp_path / "broken.jsonl").write_text("{oops\n")
     with pytest.raises(DataError, match=r"broken\.jsonl:1 is not JSON"):
         opened(tmp_path / "broken.jsonl")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_row_with_a_number_that_json_has_not_can_be_rejected_or_edited(tmp_path: Path, number: str) -> None:
+    path, log = tmp_path / "rows.jsonl", tmp_path / "log.jsonl"
+    path.write_text(
+        json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:-1] + f', "score": {number}}}\n' + json.dumps(ROWS[2]) + "\n"
+    )
+    reviewed = opened(path)
+    assert everything(reviewed) == [1, 2, 3]
+    person = Person("accept", "reject", "quit")
+    session(reviewed, log, person)
+    good, bad = person.shown[:2]
+    assert good.writable and not bad.writable and bad.item is None
+    assert bad.problem is not None and bad.problem.startswith(f"{path}:2 holds what JSON text cannot: ")
+    assert row_digest(bad.row) == row_digest(bad.row) != row_digest(Row("", 1, ROWS[1]))
+    assert apply_decisions(reviewed, Decisions(log), output=tmp_path / "out.jsonl", decided_only=False).rejected == 1
+    assert lines(tmp_path / "out.jsonl") == [ROWS[0], ROWS[2]]
+    # Edited.
+    session(reviewed, tmp_path / "other.jsonl", Person("accept", Said(word="edit", edited=ROWS[1]), "quit"))
+    apply_decisions(reviewed, Decisions(tmp_path / "other.jsonl"), output=tmp_path / "edited.jsonl", decided_only=False)
+    assert lines(tmp_path / "edited.jsonl") == ROWS[:3]
+    # Taken over by nobody, and written by nothing.
+    more = tmp_path / "more"
+    more.mkdir()
+    counts, kept = imported(more, reviewed, {"row": 2, "decision": "accept"}, {"row": 1, "decision": "accept"})
+    assert counts["unusable"] == 1 and counts["taken"] == 1
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 holds what JSON text cannot") as error:
+        apply_decisions(reviewed, kept, output=tmp_path / "no.jsonl", decided_only=False)
+    assert "Reject or edit the row" in error.value.remedy and not (tmp_path / "no.jsonl").exists()
+    assert apply_decisions(reviewed, kept, output=tmp_path / "no.jsonl", decided_only=True).written == 1
+
+
+def test_two_files_may_share_a_file_of_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    (tmp_path / "x").mkdir()
+    first, second = write(tmp_path / "rows.jsonl"), write(tmp_path / "x" / "rows.jsonl", ROWS[::-1])
+    session(first, log, Person("accept", "reject", "quit"))
+    person = Person("reject", "quit")
+    session(second, log, person)
+    assert person.shown[0].row.number == 1 and person.shown[0].before is None
+    assert [line["place"] for line in lines(log)] == ["rows.jsonl:1", "rows.jsonl:2", "x/rows.jsonl:1"]
+    kept = Decisions(log)
+    assert [one.decision for one in kept.of(first.source)] == ["accept", "reject"]
+    told = apply_decisions(first, kept, output=tmp_path / "out.jsonl", decided_only=False)
+    assert (told.accepted, told.rejected, told.changed, told.missing) == (1, 1, 0, 0)
+    # However the file is called from elsewhere, and after both were moved.
+    (tmp_path / "y").mkdir()
+    for name in ("rows.jsonl", "log.jsonl"):
+        (tmp_path / name).rename(tmp_path / "y" / name)
+    monkeypatch.chdir(tmp_path / "x")
+    moved = opened(Path("../y/rows.jsonl"))
+    person = Person("quit")
+    session(moved, Path("../y/log.jsonl"), person)
+    assert person.numbers == [3]
+    # A file about both is taken over by what the rows hold.
+    path = tmp_path / "x" / "theirs.jsonl"
+    path.write_text((tmp_path / "y" / "log.jsonl").read_text())
+    counts = take_over(path, moved, Decisions(tmp_path / "x" / "new.jsonl"), who="bob", when=WHEN)
+    assert (counts["taken"], counts["changed"]) == (2, 0)
+
+
+def test_many_decisions_are_taken_over_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviewed, log = write(tmp_path / "rows.jsonl", ROWS * 50), tmp_path / "log.jsonl"
+    session(reviewed, log, Person("accept", "accept", "quit"))
+    log.write_bytes(log.read_bytes() + b'{"row": 3')  # Where a program was killed.
+    whole, there, synced = log.read_bytes(), sorted(tmp_path.iterdir()), list[int]()
+    theirs = tmp_path / "theirs.txt"
+    theirs.write_text("".join(json.dumps({"row": row, "decision": "reject"}) + "\n" for row in range(1, 401)))
+
+    def interrupt(place: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    kept = Decisions(log)
+    with pytest.raises(KeyboardInterrupt):
+        take_over(theirs, reviewed, kept, who="bob", when=WHEN)
+    assert log.read_bytes() == whole and len(kept) == len(Decisions(log)) == 2
+    theirs.unlink()
+    assert sorted(tmp_path.iterdir()) == there
+    theirs.write_text("".join(json.dumps({"row": row, "decision": "reject"}) + "\n" for row in range(1, 401)))
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert take_over(theirs, reviewed, kept, who="bob", when=WHEN)["taken"] == 400
+    assert len(synced) == 1 and len(lines(log)) == 402
+    assert {one.decision for one in Decisions(log)} == {"reject"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,11 +143,38 @@ def test_a_training_row_that_repeats_an_evaluation_row_goes() -> None:
     assert selection.kept.tolist() == [2, 1, 2]
 
 
+def test_a_source_that_only_repeats_the_evaluation_file_is_refused() -> None:
+    rows = [*singles(3), *singles(2, source=1), *singles(4, source=2)]
+    with pytest.raises(DataError) as caught:
+        selected(rows, ("train", "train", "evaluation"), file="c.jsonl", duplicates="drop_exact")
+    assert caught.value.problem.startswith("a.jsonl: each of its 3 rows repeats a row of evaluation.file")
+    rows[0] = Made("another")
+    with pytest.raises(DataError, match=r"b\.jsonl: each of its 2 rows repeats"):
+        selected(rows, ("train", "train", "evaluation"), file="c.jsonl", duplicates="drop_exact")
+
+
+@pytest.mark.parametrize("use", ["train", "general"])
+@pytest.mark.parametrize("duplicates", ["keep", "drop_exact"])
+def test_the_evaluation_file_is_no_source_of_training_rows(use: str, duplicates: str) -> None:
+    rows = [*singles(3), *[Made(f"p {i}", source=1) for i in range(3)], *[Made(f"p {i}", source=2) for i in range(3)]]
+    material = material_of(rows, ("train", use, "evaluation"))
+    same = tuple(
+        file.model_copy(update={"digest": file.digest.replace("c.jsonl", "b.jsonl")}) for file in material.files
+    )
+    general = {"general": "b.jsonl"} if use == "general" else {}
+    with pytest.raises(DataError) as caught:
+        select_rows(replace(material, files=same), recipe_of(file="c.jsonl", duplicates=duplicates, **general))
+    assert "b.jsonl is named as training rows and as evaluation.file (c.jsonl holds the same)" in caught.value.problem
+    assert f"data.{use}" in caught.value.remedy
+
+
 def test_shared_prompts_are_refused() -> None:
     rows = [*singles(3), Made("question 1", "another", source=1)]
     with pytest.raises(DataError) as caught:
         selected(rows, ("train", "evaluation"), file="b.jsonl")
     assert "1 of 1 evaluation rows have a prompt that is also in a.jsonl: b.jsonl:1." in caught.value.problem
+    with pytest.raises(DataError, match="1 of 1 evaluation rows"):  # Another answer is no duplicate.
+        selected(rows, ("train", "evaluation"), file="b.jsonl", duplicates="drop_exact")
 
 
 # --------------------------------------------------------------------------------------------------------------- weights
@@ -164,6 +192,21 @@ def test_weights_are_exact() -> None:
     assert (times[40:70].sum(), times[40:70].min(), times[40:70].max()) == (75, 2, 3)
     assert (times[70:].sum(), times[70:].max()) == (5, 1)
     assert counts(selection) == {"thinned": 15, "repeated": 45}
+
+
+@pytest.mark.parametrize("general", [{}, {"general": "c.jsonl"}])
+def test_a_weight_that_leaves_no_example_is_refused(general: dict[str, str]) -> None:
+    rows = [
+        *singles(270),
+        *[Made(f"b {i}", source=1) for i in range(10)],
+        *[Made(f"c {i}", source=2) for i in range(9)],
+    ]
+    uses = ("train", "train", "general" if general else "train")
+    with pytest.raises(DataError) as caught:
+        selected(rows, uses, (0.001, 1.0), **general)
+    assert caught.value.problem == "a.jsonl: weight 0.001 leaves 0 examples of its 270 rows that could train."
+    assert "0.0037 or more" in caught.value.remedy
+    assert selected(rows, uses, (0.0037, 1.0), **general).times[:270].sum() == 1
 
 
 def test_the_same_rows_are_held_out_whatever_the_weights() -> None:
@@ -213,6 +256,18 @@ def test_balance_is_of_what_trains() -> None:
     assert (selection.times[small].sum(), selection.times[~small].sum()) == (40, 40)
     assert selection.held_out.sum() == 40, "held-out rows are not balanced: they measure what will be asked"
     assert counts(selection) == {"balanced_away": 80}
+
+
+def test_balance_says_which_rows_stay_and_weights_how_often_they_train() -> None:
+    rows = [Made(f"q {i}", domain="large" if i % 4 else "small") for i in range(200)]
+    rows += [Made(f"b {i}", domain="large", source=1) for i in range(100)]
+    plain = selected(rows, ("train", "train"), balance="equal")
+    weighted = selected(rows, ("train", "train"), (3.0, 0.5), balance="equal")
+    balanced_away = REASONS.index("balanced_away")
+    assert ((plain.reason == balanced_away) == (weighted.reason == balanced_away)).all()
+    assert weighted.times[:200].sum() == 3 * plain.times[:200].sum()
+    assert weighted.times[200:].sum() == round(0.5 * plain.times[200:].sum())
+    assert 0 < plain.times[200:].sum() < 100
 
 
 # ----------------------------------------------------------------------------------------------------------------- split

@@ -7,7 +7,7 @@ import pytest
 from onlay.evaluation.causes import Evidence, likely_causes
 
 SOUND = Evidence(
-    end_tokens_trained=100, trained_examples=100, epochs=3.0, held_out_losses=(1.0, 0.9), duplicate_share=0.0,
+    end_tokens_trained=100, trained_examples=100, epochs=3.0, held_out_losses=(1.0, 0.9), duplicate_share=0.0, most_repeats=1,
     dropout=0.05, temperature=0.7, repetition_penalty=1.1, max_new_tokens=64, longest_expected_tokens=40,
 )  # fmt: skip
 ORDER = ["end token untrained", "too many epochs", "duplicate rows", "dropout", "sampling", "length limit"]
@@ -35,8 +35,9 @@ def test_nothing_likely_is_told_as_such_in_the_order_to_look_at() -> None:
 @pytest.mark.parametrize(("cause", "changes", "evidence"), [
     ("end token untrained", {"end_tokens_trained": 99}, "99% of the trained examples have a trained end token"),
     ("too many epochs", {"epochs": 4.10172}, "4.1 passes over the rows"),
+    ("too many epochs", {"most_repeats": 2}, "3.0 passes over the rows, 6.0 over those that weights or the general share repeat;"),
     ("too many epochs", {"held_out_losses": (1.0, 0.8, 0.9)}, "the last held-out loss is 12% above the best"),
-    ("duplicate rows", {"duplicate_share": 0.051}, "5.1% of the training rows came before"),
+    ("duplicate rows", {"duplicate_share": 0.051}, "5.1% of the training rows repeat another"),
     ("dropout", {"dropout": 0.21}, "dropout is 0.21"),
     ("sampling", {"temperature": 0.0, "repetition_penalty": 1.0}, "greedy, without a repetition penalty"),
     ("sampling", {"temperature": 1.1}, "temperature 1.1"),

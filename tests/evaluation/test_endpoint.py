@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -216,6 +220,133 @@ def test_the_key_never_leaks(status: int, tmp_path: Path, capfd: pytest.CaptureF
         seen += [repr(done), done.record.model_dump_json(), cache.read_text()]
     captured = capfd.readouterr()
     assert all(KEY not in text for text in [*seen, captured.out, captured.err])
+
+
+def test_a_reply_that_never_ends_is_given_up_at_the_deadline() -> None:
+    """Each part comes soon after the one before: only the whole takes too long."""
+    whole = json.dumps({"choices": [{"message": {"content": "late"}}]}).encode()
+    for start in (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "):
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def drip(listener: socket.socket = listener, start: bytes = start) -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(start)
+                try:
+                    for _ in range(500 - len(whole)):
+                        connection.sendall(b" ")
+                        time.sleep(0.01)
+                    connection.sendall(whole if b"Length" in start else b"\r\n\r\n" + whole)
+                except OSError:
+                    pass  # The client has given up.
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        model = Endpoint(
+            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", model="m", attempts=1, timeout_seconds=0.3
+        )
+        with listener, pytest.raises(SetupError, match="in 1 attempts; the last: no reply in time"):
+            list(model.ask(["p"]))
+        thread.join()
+
+
+def collect(items: Iterator[Any], *, into: list[Any]) -> None:
+    for one in items:  # One by one: others look at the list in between.
+        into.append(one)
+
+
+def test_an_interruption_waits_for_no_reply() -> None:
+    release, waited, got = threading.Event(), list[bool](), list[tuple[int, str]]()
+
+    def slow(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
+        if number:
+            while not got:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+            waited.append(release.wait(10))
+        return completion("x")
+
+    with serving(slow) as server:
+        with pytest.raises(KeyboardInterrupt):
+            collect(judge_at(server, concurrency=1).ask(["p", "q"]), into=got)
+        assert waited == []
+        release.set()
+    assert got == [(0, "x")]
+
+
+def test_what_came_in_before_an_interruption_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            while self.qsize() < 3:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(endpoint, "SimpleQueue", Interrupted)
+    got: list[tuple[int, str]] = []
+    with serving(lambda number, prompt: completion("x")) as server, pytest.raises(KeyboardInterrupt):
+        collect(judge_at(server, concurrency=1).ask(["p", "q", "r"]), into=got)
+    assert got == [(0, "x"), (1, "x"), (2, "x")]
+
+
+@pytest.mark.parametrize("body", ["<html>", '{"choices": []}', '{"choices": [{"mess'])
+def test_a_malformed_reply_is_asked_for_again(body: str) -> None:
+    with serving(lambda number, prompt: (200, {}, body) if number == 0 else completion("ok")) as server:
+        judge = judge_at(server)
+        assert dict(judge.ask(["p"])) == {0: "ok"} and judge.retries == 1
+        # The address was right, as something was read from it.
+        server.answer = lambda number, prompt: (200, {}, body)
+        with pytest.raises(SetupError, match="the last: something that is not an OpenAI") as error:
+            list(judge.ask(["q"]))
+        assert "base_url" not in error.value.remedy
+        with pytest.raises(SetupError) as error:
+            list(judge_at(server).ask(["q"]))
+        assert "check the judge's base_url" in error.value.remedy
+
+
+def test_an_error_of_the_program_itself_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+
+    def fail(*_: Any) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Endpoint, "_post", fail)
+    with (
+        serving(lambda number, prompt: completion("ok")) as server,
+        pytest.raises(RuntimeError, match="2 of 2 prompts were left without a reply"),
+    ):
+        list(judge_at(server, concurrency=2).ask(["p", "q"]))
+    assert [one.exc_type for one in printed] == [ZeroDivisionError] * 2
+
+
+def test_refused_prompts_can_be_kept_as_replies() -> None:
+    def odd(number: int, prompt: str) -> tuple[int, dict[str, str], str]:
+        return completion("ok") if prompt == "good" else (int(prompt), {}, "no")
+
+    with serving(odd) as server:
+        model = judge_at(server, keep_refusals=True)
+        found = dict(model.complete(["400", "good", "413", "422"]))
+        assert {place: (one.text, one.refused) for place, one in found.items()} == {
+            0: ("", 400), 1: ("ok", None), 2: ("", 413), 3: ("", 422),
+        }  # fmt: skip
+        for status in ("401", "403", "404"):
+            with pytest.raises(SetupError, match=f"HTTP {status}: refused"):
+                list(model.complete([status]))
+
+
+def test_a_server_that_is_tried_again_is_told_of_until_it_has_answered() -> None:
+    told: list[str] = []
+    with serving(lambda number, prompt: completion("ok") if number >= 2 else (503, {}, "")) as server:
+        model = judge_at(server, tell=told.append, concurrency=1)
+        list(model.ask(["p"]))
+        server.answer = lambda number, prompt: completion("ok") if number >= 5 else (503, {}, "")
+        list(model.ask(["q"]))
+    assert [text.partition(": ")[2] for text in told] == [
+        "HTTP 503; attempt 2 of 5 in 0 s",
+        "HTTP 503; attempt 3 of 5 in 0 s",
+    ]
+    assert model.retries == 4
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[]", '{"choices": []}', '{"choices": [{"message": {"content": 5}}]}'])

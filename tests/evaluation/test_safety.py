@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from onlay.data.audit import refusals
 from onlay.errors import DataError
+from onlay.evaluation import safety
 from onlay.evaluation.general import read_passages
 from onlay.evaluation.safety import SafetyPrompt, outcome_of, read_prompts, score_safety
 
@@ -307,3 +309,9 @@ def test_wrong_rows_name_file_row_and_field(tmp_path: Path, row: dict[str, Any],
     with pytest.raises(DataError, match=says) as error:
         read_prompts(path)
     assert f"{path}:2" in error.value.problem
+
+
+def test_the_audit_and_the_evaluation_know_refusals_by_the_same_rules() -> None:
+    names = ("REFUSALS", "START_CHARACTERS", "TURNS", "folded", "is_quoted")
+    assert all(getattr(safety, name) is getattr(refusals, name) for name in names)
+    assert outcome_of("<think>I cannot help with that.</think> The sea is blue.") == "answered", "reasoning is cut off"

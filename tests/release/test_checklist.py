@@ -26,7 +26,8 @@ Change = Callable[[Evidence], Evidence]
 def recipe_with(**sections: dict[str, Any]) -> Any:
     gates = {"exact_match": 0.05, "trained_rows": 90}
     evaluation = {"gates": gates, "patience": 3} | sections.pop("evaluation", {})
-    return parse_recipe({"model": {"base": "b"}, "data": {"train": "rows.jsonl"}, "evaluation": evaluation, **sections})
+    data = sections.pop("data", {"train": "rows.jsonl"})
+    return parse_recipe({"model": {"base": "b"}, "data": data, "evaluation": evaluation, **sections})
 
 
 def split(rows: int) -> SplitFacts:
@@ -135,6 +136,13 @@ def test_each_item_names_its_record_and_only_what_is_not_passed_has_a_remedy() -
 
 OUT_OF_MEMORY = Recovery(step=3, reason="out_of_memory", detail="memory ran out", action="cut finer")
 SPIKE = Recovery(step=9, reason="loss_spike", detail="rose", action="went back")
+WITH_GENERAL = recipe_with(data={"train": "rows.jsonl", "general": "general.jsonl"})
+LEFT_OUT = dataset_with(
+    findings=[
+        Finding(code="duplicates_dropped", count=100, message="rows that repeat another; left out"),
+        Finding(code="general_not_drawn", count=7, message="general rows that were not needed"),
+    ]
+)
 FAILED_DATA = dataset_with(
     findings=[Finding(code="overlong_dropped", count=6, message="rows longer than 512 tokens; dropped")]
 )
@@ -148,7 +156,8 @@ ONE_SPIKE = steps([1.0] * 20 + [50.0] + [1.0] * 9)
 @pytest.mark.parametrize(
     ("name", "changes", "state", "said"),
     [
-        ("data quality", {"dataset": FAILED_DATA}, "failed", "6 dropped"),
+        ("data quality", {"dataset": FAILED_DATA}, "failed", "6 lost, none cut (5.7%)"),
+        ("data quality", {"dataset": LEFT_OUT}, "passed", "none lost, none cut (0.0%); left out by the recipe's choice: 100 duplicates_dropped, 7 general_not_drawn"),
         ("data quality", {"dataset": FEW_LOST}, "passed", "5 cut (5.0%)"),
         ("trained rows", {"recipe": recipe_with(evaluation={"gates": {"trained_rows": 96}})}, "failed", "at least 96"),
         ("trained rows", {"recipe": recipe_with(evaluation={"gates": {}})}, "passed", "no least number"),
@@ -157,6 +166,7 @@ ONE_SPIKE = steps([1.0] * 20 + [50.0] + [1.0] * 9)
         ("licence of the base", {"facts": facts_with("other")}, "not done", "unknown"),
         ("licence of the base", {"facts": facts_with(None), "stated_base_licence": "mit"}, "passed", "mit, as stated now"),
         ("licence of the base", {"facts": facts_with("cc-by-nc-4.0"), "stated_base_licence": "mit"}, "failed", "cc-by-nc-4.0"),
+        ("licence of the data", {"recipe": WITH_GENERAL}, "passed", "rows.jsonl, general.jsonl (data.general): cc-by-4.0"),
         ("licence of the data", {"data_licence": None}, "not done", "no licence is stated"),
         ("licence of the data", {"data_licence": "cc-by-nc-sa-4.0"}, "failed", "non-commercial"),
         ("licence of the data", {"data_licence": None, "stated_data_licence": "own"}, "passed", "own"),

@@ -16,6 +16,7 @@ from onlay.data.audit.overlap import SharedNgrams
 from onlay.data.audit.similar import Fingerprints
 from onlay.data.audit.statistics import length_outliers, short_answers
 from onlay.data.audit.texts import judge_openings
+from onlay.data.audit.words import distinct
 from onlay.data.audit.worker import Result, Role, opening_key
 from onlay.data.rows import RowTable
 from onlay.errors import DataError
@@ -103,7 +104,7 @@ class Collection:
     def ngrams(self) -> np.ndarray:
         """Sorted, each once."""
         parts = _taken(self._ngrams)
-        return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
+        return distinct(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
 
     def shared(self) -> dict[Role, SharedNgrams]:
         return {role: SharedNgrams.joined(parts) for role, parts in self._shared.items()}

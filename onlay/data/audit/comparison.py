@@ -31,11 +31,14 @@ class Compared:
     """By code, what fills the {names} of the catalogue's messages."""
 
 
-def compare_rows(examined: Examined, *, threshold: float, clusters: np.ndarray | None = None) -> Compared:
+def compare_rows(
+    examined: Examined, *, threshold: float, clusters: np.ndarray | None = None, by_words: bool = True
+) -> Compared:
     """Compares all rows, and adds what it finds to `examined.tally`.
 
     `threshold`: the Jaccard similarity of near-duplicates, that of `Settings.near_threshold`; `clusters`: those of the
-    training rows, where they were found before.
+    training rows, where they were found before; `by_words`: rows without domains are clustered by their words, which makes
+    no finding, only shares and measures.
     """
     table, fingerprints = examined.table, examined.fingerprints
     assert fingerprints is not None, "examined without fingerprints"
@@ -58,8 +61,9 @@ def compare_rows(examined: Examined, *, threshold: float, clusters: np.ndarray |
             prefix=PREFIXES[role], shown=SHOWN_GROUPS,
         )  # fmt: skip
     balance = measure_domains(table, among=train, tally=examined.tally)
-    if balance is None:
+    if balance is None and by_words:
         balance = measure_clusters(table, among=train, read_texts=examined.read_texts)
+    without = _tell_sources_without_domain(examined, train)
     rows = int(train.sum())
     repeated = examined.tally.count("duplicates_exact") + examined.tally.count("duplicates_near")
     cluster_rows = distribution_of(sizes, name="cluster_rows", unit="rows")
@@ -78,5 +82,21 @@ def compare_rows(examined: Examined, *, threshold: float, clusters: np.ndarray |
             "leakage_ngrams": {"ngram": NGRAM_WORDS},
             "benchmark_ngrams": {"ngram": NGRAM_WORDS},
             **(balance.told if balance is not None else {}),
+            **without,
         },
     )
+
+
+def _tell_sources_without_domain(examined: Examined, train: np.ndarray) -> dict[str, dict[str, object]]:
+    """Adds the rows of training sources in which data.domain_field is nowhere, though others have it."""
+    field, table = examined.section.domain_field, examined.table
+    if field is None:
+        return {}
+    lacking = [
+        number
+        for number in np.unique(table.source[train]).tolist()
+        if not (table.domain[table.source == number] >= 0).any()
+    ]
+    rows = np.flatnonzero(np.isin(table.source, lacking))
+    examined.tally.add_many("no_domain", sources=table.source[rows], numbers=table.number[rows])
+    return {"no_domain": {"field": field, "files": ", ".join(examined.files[number].path for number in lacking)}}

@@ -21,6 +21,7 @@ from onlay.data.audit.pool import Pool
 from onlay.data.audit.similar import Fingerprints, find_boilerplate, texts_of
 from onlay.data.audit.statistics import length_distributions
 from onlay.data.audit.texts import read_terms
+from onlay.data.audit.words import distinct
 from onlay.data.audit.worker import Chunk, Role, Setup, work
 from onlay.data.read import DETECTION_ROWS, Conversation, Document, detect_format, parse
 from onlay.data.rows import RowTable
@@ -220,7 +221,7 @@ class _Examination:
         if source.role != "train" and self.settings.near_threshold is not None:
             ngrams = collection.ngrams()
             known = self.known.get(source.role)
-            self.known[source.role] = ngrams if known is None else np.union1d(known, ngrams)
+            self.known[source.role] = ngrams if known is None else distinct(np.concatenate([known, ngrams]))
 
     def _tell(self, done: int, flow: _Flow) -> None:
         """The rows of later sources are not known yet, so the bar is that of the source at hand."""
@@ -265,6 +266,7 @@ class _Examination:
         for collection in self.collections:
             collection.count_into(tally)
         table = _joined_table(self.collections)
+        self._refuse_unknown_domain(table)
         parts = [found for found in (one.fingerprints() for one in self.collections) if found is not None]
         trained = [one for one, source in zip(self.collections, self.sources, strict=True) if source.role == "train"]
         shared: dict[Role, list[SharedNgrams]] = {}
@@ -286,6 +288,17 @@ class _Examination:
             known=self.known,
             shared={role: SharedNgrams.joined(found) for role, found in shared.items()},
         )
+
+    def _refuse_unknown_domain(self, table: RowTable) -> None:
+        """A field that is named and nowhere is a mistyped one: the rows would be balanced over nothing."""
+        train = [number for number, source in enumerate(self.sources) if source.role == "train"]
+        rows = np.isin(table.source, train)
+        if self.section.domain_field is not None and rows.any() and not (table.domain[rows] >= 0).any():
+            files = ", ".join(self.sources[number].path for number in train)
+            raise DataError(
+                f"data.domain_field = {self.section.domain_field}: no row of {files} has a domain in that field.",
+                "Name a field that holds text of one line, at most 64 characters, or a whole number; or delete the line.",
+            )
 
     def _file(self, number: int) -> AuditedFile:
         source, collection = self.sources[number], self.collections[number]

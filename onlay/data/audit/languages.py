@@ -6,7 +6,8 @@ Only what can be told with confidence is told: a text with few letters or few st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
+from string import ascii_letters
 
 import numpy as np
 
@@ -90,7 +91,8 @@ def script_of(text: str) -> str | None:
     text = text[:LOOKED_AT_CHARACTERS]
     if text.isascii():
         # As good as all of it is letters: no need to count what is plainly enough.
-        return "latin" if len(text) >= LEAST_LETTERS and sum(map(str.isalpha, text)) >= LEAST_LETTERS else None
+        letters = len(text) - len(text.encode().translate(None, ascii_letters.encode()))
+        return "latin" if letters >= LEAST_LETTERS else None
     starts, numbers, names = _blocks()
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     counts = np.bincount(numbers[np.searchsorted(starts, points, side="right") - 1], minlength=len(names))
@@ -105,6 +107,7 @@ def script_of(text: str) -> str | None:
     return max(by_name, key=by_name.__getitem__)
 
 
+@lru_cache(maxsize=2)  # Of an answer it is asked twice: beside its prompt, and for its row.
 def language_of(text: str) -> str | None:
     """The language of a Latin text (`en`, `de` ..., see STOP_WORDS), the script of any other; None where it is not clear."""
     script = script_of(text)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onlay.data.audit.beginnings import characters_of, encode_beginnings, unseen_tokens
 from onlay.data.audit.catalogue import Tally
 from onlay.data.audit.statistics import distribution_of
 from onlay.data.build import split_document
@@ -27,7 +28,8 @@ LITTLE_TRAINED = 0.05
 """Share of trained tokens below which nineteen of twenty tokens are computed for nothing but context."""
 SHOWN_ROWS = 20
 
-PlacedItem = tuple[int, int, Conversation | Document]
+Item = Conversation | Document
+PlacedItem = tuple[int, int, Item]
 """Source, row number, item."""
 Example = tuple[list[int], list[bool]]
 """Token ids, and which of them train."""
@@ -76,9 +78,11 @@ def check_masks(
     """Tokenizes every row and judges its mask.  `overlong` is data.overlong; `progress(done)` counts rows.
 
     Adds rows to the tally: overlong_rows; template_refused; no_trained_tokens; end_not_trained (the last trained answer
+    of a row that is not cut
     has no end token that trains); little_trained (a share below LITTLE_TRAINED); round_trip_failed (onlay.data.round_trip;
     of documents: special tokens in the text).  Nothing but overlong_rows is said of a row that `prepare` would leave out
-    for its length.
+    for its length.  Of a conversation many times as long as max_tokens only the beginning is tokenized and read back
+    (length_estimated): its tokens are then estimated by its characters.
     """
     counting = _Counting(template, max_tokens=max_tokens, overlong=overlong, tally=tally)
     for chunk in _chunks(items):
@@ -110,13 +114,19 @@ class _Counting:
     def add(self, chunk: Sequence[PlacedItem]) -> None:
         self.rows += len(chunk)
         refused: dict[int, DataError] = {}
-        encoded = self._template.encode_batch([item for _, _, item in chunk], refused=refused)
+        items: list[Item] = [item for _, _, item in chunk]
+        encoded, cut = encode_beginnings(self._template, items, max_tokens=self._max_tokens, refused=refused)
+        items = [cut.get(i, item) for i, item in enumerate(items)]
         taken = [i for i in range(len(chunk)) if i not in refused]
-        verdicts = self._round_trip.check([chunk[i][2] for i in taken], [encoded[i] for i in taken])
+        verdicts = self._round_trip.check([items[i] for i in taken], [encoded[i] for i in taken])
         for i in refused:
             self._tell("template_refused", chunk[i])
         for i, reads_back in zip(taken, verdicts, strict=True):
-            if not self._add_row(chunk[i], encoded[i]):
+            unseen = 0, 0
+            if i in cut:
+                self._tell("length_estimated", chunk[i])
+                unseen = unseen_tokens(chunk[i][2], cut[i], encoded[i], loss_on=self._template.loss_on)
+            if not self._add_row(chunk[i], encoded[i], unseen=unseen):
                 continue
             if reads_back is None:
                 self.unchecked += 1
@@ -126,18 +136,18 @@ class _Counting:
     def _tell(self, code: str, placed: PlacedItem) -> None:
         self._tally.add(code, source=placed[0], number=placed[1])
 
-    def _add_row(self, placed: PlacedItem, encoded: Encoded) -> bool:
-        """Whether `prepare` would keep it."""
+    def _add_row(self, placed: PlacedItem, encoded: Encoded, *, unseen: tuple[int, int]) -> bool:
+        """Whether `prepare` would keep it.  `unseen`: how many more tokens it has, all and trained."""
         for code in encoded.notes:
             count, rows = self.noted.setdefault(code, (0, []))
             if len(rows) < SHOWN_ROWS:
                 rows.append(placed[:2])
             self.noted[code] = (count + 1, rows)
-        length = len(encoded.ids)
+        length = len(encoded.ids) + unseen[0]
         self.lengths.append(length)
         if not encoded.is_document:
             self.talk_lengths.append(length)
-            self.answers.append(sum(encoded.trained))
+            self.answers.append(sum(encoded.trained) + unseen[1])
             if length > self._max_tokens:
                 self._tell("overlong_rows", placed)
         examples = examples_of(encoded, max_tokens=self._max_tokens, overlong=self._overlong)
@@ -149,7 +159,8 @@ class _Counting:
         if not trained:
             self._tell("no_trained_tokens", placed)
         elif not encoded.is_document:
-            if not self._ends(placed[2], *examples[0]):
+            # A row that is cut loses its end by the recipe's own choice, and is told as overlong.
+            if length <= self._max_tokens and not self._ends(placed[2], *examples[0]):
                 self._tell("end_not_trained", placed)
             if trained < LITTLE_TRAINED * tokens:
                 self._tell("little_trained", placed)
@@ -196,9 +207,8 @@ def _chunks(items: Iterable[PlacedItem]) -> Iterator[list[PlacedItem]]:
     chunk: list[PlacedItem] = []
     characters = 0
     for placed in items:
-        item = placed[2]
         chunk.append(placed)
-        characters += len(item.text) if isinstance(item, Document) else sum(len(turn.content) for turn in item.turns)
+        characters += characters_of(placed[2])
         if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

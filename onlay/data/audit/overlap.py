@@ -1,13 +1,14 @@
 """Rows that repeat or contradict each other, and training rows that the evaluation or a benchmark holds too.
 
-**Contradictions.** Rows whose prompts are equal once normalised, system turns included, and whose last answers differ.
+**Contradictions.** Rows whose prompts are equal once normalised, system turns and tools included, and whose last answers
+differ.
 Answers that are numbers are compared as numbers (`4`, `4.0`, `$4`; the number after the last `####` or in the last
 `\\boxed{}` where an answer ends in one); all others normalised.  The same, at the level of a note, for prompts of
-similarity PROMPT_THRESHOLD and above whose numbers are equal: prompts with other numbers ask something else.
+similarity PROMPT_THRESHOLD and above whose numbers and tools are equal: prompts with other numbers ask something else.
 
 **Leakage**, a training row under its worst tier only:
 
-1. exact: its prompt, without system turns, is a held-out row's (up to case, punctuation and white space);
+1. exact: its prompt, without system turns and tools, is a held-out row's (up to case, punctuation and white space);
 2. near: its prompt, or prompt and answer together, has a Jaccard similarity of at least the threshold with a held-out
    row's;
 3. n-grams: it shares NGRAM_WORDS words in a row, in prompt or answer, with a held-out row.  Symbols are no words here,
@@ -228,7 +229,10 @@ def _near_contradictions(
     """`firsts`: the first row of each prompt, sorted."""
     compared = firsts[fingerprints.prompt_shingles[firsts] > 0]
     pairs = similar_pairs(fingerprints.prompts, compared, threshold=PROMPT_THRESHOLD)
-    pairs = pairs.where(table.answer_key[pairs.row] != table.answer_key[pairs.other])
+    pairs = pairs.where(
+        (table.answer_key[pairs.row] != table.answer_key[pairs.other])
+        & (fingerprints.tools[pairs.row] == fingerprints.tools[pairs.other])
+    )
     pairs = pairs.where(
         confirm(
             pairs, threshold=PROMPT_THRESHOLD, prompts=True, boilerplate=fingerprints.boilerplate, read_texts=read_texts

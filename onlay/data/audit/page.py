@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from onlay.data.audit.destination import MARKER
 from onlay.data.audit.plots import (
     MOST_BARS,
     SIGNS,
@@ -28,7 +29,7 @@ from onlay.data.audit.plots import (
     spoken,
     trained_chart,
 )  # fmt: skip
-from onlay.data.privacy.detect import find
+from onlay.data.privacy.masks import mask
 from onlay.pages.differences import marked
 from onlay.pages.frame import MOST_CHARACTERS, clean, environment
 from onlay.records import Audit, Finding, Group, RowAt, write_whole
@@ -111,7 +112,7 @@ def write_page(audit: Audit, path: Path) -> Path:
 def page(audit: Audit) -> str:
     """The page's HTML; the same record gives the same bytes."""
     # A message may hold a value of the data, such as a domain.
-    findings = [one.model_copy(update={"message": _masked(one.message)}) for one in audit.findings]
+    findings = [one.model_copy(update={"message": mask(one.message)}) for one in audit.findings]
     facts, audit = _facts(audit), audit.model_copy(update={"findings": findings})
     by_section = _figures_by_section(audit.distributions)
     reasons, others = _reasons(audit)
@@ -123,6 +124,7 @@ def page(audit: Audit) -> str:
         "brief": _brief_places(audit),
     }
     html = environment("onlay.data.audit", filters=filters).get_template("audit.html.jinja").render(
+        marker=MARKER,
         audit=audit,
         subject=Path(audit.files[0].path).name if audit.files else "no file",
         verdict=_verdict(audit),
@@ -248,7 +250,7 @@ def _counted(shares: Mapping[str, Mapping[str, int]], *, rows: int) -> list[Coun
     ):
         counts: dict[str, int] = {}
         for value, count in shares[name].items():
-            counts[_masked(value)] = counts.get(_masked(value), 0) + count
+            counts[mask(value)] = counts.get(mask(value), 0) + count
         title = SHARES.get(name, spoken(name).capitalize())
         whole = rows if name in OF_ALL_ROWS else sum(counts.values())
         chart = counts_chart(counts, whole=whole, name=f"counts-{number}", title=title)
@@ -274,7 +276,7 @@ def _reasons(audit: Audit) -> tuple[dict[str, list[tuple[str, str]]], list[Group
             continue
         told = reasons.setdefault(group.code, [])
         for row, why in zip(group.rows, group.texts, strict=True):
-            told.append((row.place, _masked(why).removeprefix(row.place).lstrip(", ")))
+            told.append((row.place, mask(why).removeprefix(row.place).lstrip(", ")))
     return reasons, others
 
 
@@ -296,20 +298,11 @@ def _groups(groups: Iterable[Group]) -> tuple[list[tuple[str, list[Shown], int]]
 def _shown(group: Group) -> Shown:
     """Every text but the first has its differences from the first marked."""
     texts = []
-    masked = [_masked(text) for text in group.texts]
+    masked = [mask(text) for text in group.texts]
     for place, (row, text) in enumerate(zip(group.rows, masked, strict=True)):
         whole = max(len(text), len(masked[0])) <= MOST_CHARACTERS
         texts.append((row.place, marked(text, expected=masked[0]) if place and whole else text, text))
-    return Shown(group=group, prompt=_masked(group.prompt), texts=texts)
-
-
-def _masked(text: str) -> str:
-    """With `[EMAIL]` and the like where personal data or a secret stands."""
-    parts, end = [], 0
-    for span in find(text):
-        parts += [text[end : span.start], f"[{span.kind.replace('_', ' ').upper()}]"]
-        end = span.end
-    return "".join([*parts, text[end:]])
+    return Shown(group=group, prompt=mask(group.prompt), texts=texts)
 
 
 def _facts(audit: Audit) -> list[tuple[str, str]]:

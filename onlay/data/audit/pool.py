@@ -34,11 +34,13 @@ class _Worker:
     """One process.  Only one thread at a time may use it."""
 
     def __init__(self) -> None:
-        # The caller's own path, so that the same onlay is found; -P keeps files in the working folder out of it.
+        # The caller's own path, so that the same onlay is found; -P keeps files in the working folder out of it.  A session
+        # of its own: Ctrl-C is for the main process alone, also while this one starts; when that dies, its pipe ends.
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from onlay.data.audit.worker import main; main()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )  # fmt: skip
         self._setup: Setup | None = None
 

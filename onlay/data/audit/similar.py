@@ -4,9 +4,9 @@
      (in workers)          (200 bytes a row)   (in the main process; re-reads only rows near the threshold)
 
 **Similar** means: Jaccard similarity of the sets of shingles (runs of three words, onlay/data/audit/words.py) of prompt
-and answer together, without system turns and without the prompts' boilerplate; and the prompts have something in common
-(an estimated similarity of at least PROMPT_TRACE, or nothing left but boilerplate): `hi` and `who are you?` with the same
-long answer are two rows, not one.
+and answer together, without system turns and without the prompts' boilerplate; and the lists of tools are equal; and the
+prompts have something in common (an estimated similarity of at least PROMPT_TRACE, or nothing left but boilerplate): `hi`
+and `who are you?` with the same long answer are two rows, not one.
 
 **Candidates** are found by banding, onlay/data/audit/candidates.py.
 
@@ -48,6 +48,7 @@ from onlay.data.audit.words import (
     shingles_of,
     similarity,
     texts_of,
+    tools_key,
 )
 from onlay.data.rows import RowTable
 
@@ -80,6 +81,8 @@ class Fingerprints:
     """(N,) uint32."""
     asked: np.ndarray
     """(N,) uint64: key of the normalised prompt without system turns."""
+    tools: np.ndarray
+    """(N,) uint64: tools_key."""
     boilerplate: np.ndarray
     """(B,) uint64: prompts' shingles that were left out."""
 
@@ -98,13 +101,16 @@ class Fingerprints:
         return cls(**arrays, boilerplate=parts[0].boilerplate)
 
 
-def fingerprint(items: Sequence[Item], *, boilerplate: np.ndarray | None = None) -> Fingerprints:
+def fingerprint(
+    items: Sequence[Item], *, texts: Sequence[bytes] | None = None, boilerplate: np.ndarray | None = None
+) -> Fingerprints:
     """Fingerprints of these rows, in order; about 60 microseconds for a row of 300 characters.
 
-    `boilerplate`: find_boilerplate of a sample of the training rows, the same for all parts; None: off.
+    `texts`: rows_of_texts of the items, where they are known; `boilerplate`: find_boilerplate of a sample of the training rows, the same for all parts; None: off.
     """
-    texts = rows_of_texts(items)
-    shingles, text = shingles_of(texts, boilerplate=boilerplate)
+    raw = [texts_of(item) for item in items]
+    texts = rows_of_texts(items) if texts is None else texts
+    shingles, text = shingles_of(texts, boilerplate=boilerplate, whole=_without_answer(raw))
     in_text = np.bincount(text, minlength=len(texts))
     of_row, of_prompt = in_text.reshape(-1, 2).sum(axis=1), in_text[::2]
     return Fingerprints(
@@ -113,14 +119,17 @@ def fingerprint(items: Sequence[Item], *, boilerplate: np.ndarray | None = None)
         row_shingles=of_row.astype(np.uint32),
         prompt_shingles=of_prompt.astype(np.uint32),
         asked=np.array(
-            [
-                key_of(text) if text else loose_key(texts_of(item)[0])
-                for text, item in zip(texts[::2], items, strict=True)
-            ],
+            [key_of(text) if text else loose_key(prompt) for text, (prompt, _) in zip(texts[::2], raw, strict=True)],
             dtype=np.uint64,
         ),
+        tools=np.array([tools_key(item) for item in items], dtype=np.uint64),
         boilerplate=np.zeros(0, dtype=np.uint64) if boilerplate is None else boilerplate,
     )
+
+
+def _without_answer(texts: Sequence[tuple[str, str]]) -> np.ndarray:
+    """(N,) bool: which rows, given as (prompt, answer), are documents."""
+    return np.array([not answer for _, answer in texts], dtype=bool)
 
 
 def _minhash(shingles: np.ndarray, counts: np.ndarray, *, slots: int) -> np.ndarray:
@@ -151,7 +160,9 @@ class Shingles:
             normal = [
                 normalise_bytes(text) for _, prompt, answer in chunk for text in (prompt, "" if prompts else answer)
             ]
-            flat, count = _sketches(*shingles_of(normal, boilerplate=boilerplate), rows=len(chunk), most=self.most)
+            whole = _without_answer([(prompt, answer) for _, prompt, answer in chunk])
+            found = shingles_of(normal, boilerplate=boilerplate, whole=whole)
+            flat, count = _sketches(*found, rows=len(chunk), most=self.most)
             flats.append(flat)
             counts.append(count)
         self.flat, self.offsets = np.concatenate(flats), np.cumsum(np.concatenate(counts))
@@ -239,6 +250,7 @@ def find_clusters(
     heads = np.sort(members[first])
     heads = heads[fingerprints.row_shingles[heads] > 0]
     pairs = similar_pairs(fingerprints.rows, heads, threshold=threshold)
+    pairs = pairs.where(fingerprints.tools[pairs.row] == fingerprints.tools[pairs.other])
     pairs = pairs.where(
         confirm(pairs, threshold=threshold, prompts=False, boilerplate=fingerprints.boilerplate, read_texts=read_texts)
     )

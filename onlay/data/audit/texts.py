@@ -135,7 +135,7 @@ def repeats_itself(text: str) -> bool:
     if "```" in text:
         text = FENCED.sub(" ", text)
     lines = [line for line in text.splitlines() if line.count("|") < 2 and "\t" not in line.strip()]
-    words = [word for line in lines for word in line.split() if any(map(str.isalnum, word))]
+    words = [word for line in lines for word in line.split() if word.isalnum() or any(map(str.isalnum, word))]
     if _loops(words, least=LEAST_LOOP_WORDS):
         return True
     if any(len(word) >= LONG_WORD and _loops(word, least=2 * LEAST_LOOP_WORDS) for word in words):
@@ -157,7 +157,10 @@ def _loops(units: Sequence[str], *, least: int) -> bool:
     ids = np.array([numbers.setdefault(unit, len(numbers)) for unit in units], dtype=np.int32)
     for period in range(1, min(LONGEST_PERIOD, len(ids) // LEAST_COPIES) + 1):
         needed = max(least, (LEAST_COPIES - 1) * period)
-        other = np.flatnonzero(ids[period:] != ids[:-period])
+        same = ids[period:] == ids[:-period]
+        if np.count_nonzero(same) < needed:  # Most texts have no such period: no need to look for where it is.
+            continue
+        other = np.flatnonzero(~same)
         edges = np.concatenate(([-1], other, [len(ids) - period]))
         gaps = np.diff(edges) - 1
         for place in np.flatnonzero(gaps >= needed).tolist():

@@ -8,7 +8,8 @@ spaces.  Symbols (+ = < > $ emoji) stay, each a word of its own, and so do `- * 
 spaces (Han, Kana, Thai, Lao, Khmer, Myanmar) count each character as a word.
 
 A shingle is a run of SHINGLE_WORDS words; a text of one or two words is one shingle.  Prompt and answer are cut
-separately, system turns are left out (they say nothing about a row that shares them with all others).
+separately, system turns are left out (they say nothing about a row that shares them with all others), and so are the
+descriptions of tools: they are compared as a whole (`tools_key`), or rows with the same long list would all be similar.
 
 Words are hashed in numpy over whole chunks of rows: a polynomial in an odd constant modulo 2**64, one row's word at a
 time, then the finaliser of SplitMix64.  No hash depends on the process, so chunks of several workers can be joined.
@@ -118,9 +119,11 @@ def normalise(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- keys
 
 
-def _loose(text: str) -> bytes:
+def _loose(text: str, normal: bytes | None = None) -> bytes:
     """Normalised, or as it is where nothing would be left (`?!` and `...` are not equal)."""
-    return normalise_bytes(text) or b" ".join(text.encode("utf-8", "surrogatepass").split())
+    return (normalise_bytes(text) if normal is None else normal) or b" ".join(
+        text.encode("utf-8", "surrogatepass").split()
+    )
 
 
 def key_of(data: bytes) -> int:
@@ -133,13 +136,16 @@ def loose_key(text: str) -> int:
     return key_of(_loose(text))
 
 
+def _json(value: object) -> str:
+    """As JSON; what has no JSON form, such as a date out of a Parquet file, as text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
 def _said(turn: Turn) -> str:
     """What a turn says, its tool calls included."""
     if not turn.tool_calls:
         return turn.content
-    calls = [
-        f"{call.name} {json.dumps(call.arguments, sort_keys=True, ensure_ascii=False)}" for call in turn.tool_calls
-    ]
+    calls = [f"{call.name} {_json(call.arguments)}" for call in turn.tool_calls]
     return "\n".join([turn.content, *calls] if turn.content else calls)
 
 
@@ -166,21 +172,31 @@ def _joined(turns: Sequence[Turn]) -> str:
     return "\n".join(f"{turn.role}: {_said(turn)}" for turn in turns)
 
 
-def keys_of(item: Item) -> tuple[int, int, int]:
+def _tools(item: Conversation) -> bytes:
+    return _loose(_json(item.tools)) if item.tools else b""
+
+
+def tools_key(item: Item) -> int:
+    """A uint64 that is equal for rows whose lists of tools are equal; 0 where there are none."""
+    return key_of(_tools(item)) if isinstance(item, Conversation) and item.tools else 0
+
+
+def keys_of(item: Item, *, normal: Sequence[bytes] | None = None) -> tuple[int, int, int]:
     """(loose_prompt_key, answer_key, row_key) as RowTable keeps them, each a uint64.
 
-    The prompt's key counts system turns too: another system message may ask for another answer.  A document's answer
-    key is 0.  The row's key counts everything that could be trained, reasoning included.
+    The prompt's key counts system turns and tools too: others may ask for another answer.  A document's answer key
+    is 0.  The row's key counts everything that could be trained, reasoning included.
+    `normal`: its prompt and answer, normalised, where they are known (None: not yet).
     """
     prompt, answer = texts_of(item)
-    asked = _loose(prompt)
+    asked = _loose(prompt, normal[0] if normal else None)
     if isinstance(item, Document):
         key = key_of(asked)
         return key, 0, key
-    answered = _loose(answer)
+    answered = _loose(answer, normal[1] if normal else None)
     system = b"\x00".join(_loose(turn.content) for turn in item.turns if turn.role == "system")
     reasoning = b"\x00".join(_loose(turn.reasoning) for turn in item.turns if turn.reasoning)
-    before = system + b"\x00\x00" + asked
+    before = b"\x00\x00".join([_tools(item), system, asked])
     return key_of(before), key_of(answered), key_of(before + b"\x00\x00" + answered + b"\x00\x00" + reasoning)
 
 
@@ -269,23 +285,31 @@ def rows_of_texts(items: Iterable[Item]) -> list[bytes]:
     return [normalise_bytes(text) for item in items for text in texts_of(item)]
 
 
-def shingles_of(texts: Sequence[bytes], *, boilerplate: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def shingles_of(
+    texts: Sequence[bytes], *, boilerplate: np.ndarray | None, whole: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Shingles (S,) uint64 of normalised texts, two a row, and (S,) int64: the text that each is of.
 
-    A row's prompt is text 2 * row, its answer the next.  Prompts' shingles that are in `boilerplate` are left out.
+    A row's prompt is text 2 * row, its answer the next.  Prompts' shingles that are in `boilerplate` are left out, but
+    for the rows that are `whole` ((N,) bool; None: no row): a document, which has no answer, has no template either.
     """
     shingles, text = _shingles(texts)
     if boilerplate is not None and len(boilerplate):
         kept = (text % 2 == 1) | ~is_in(shingles, boilerplate)
+        if whole is not None:
+            kept |= whole[text // 2]
         shingles, text = shingles[kept], text[kept]
     return shingles, text
 
 
+def _shingles_of_row(texts: tuple[str, str], boilerplate: np.ndarray | None) -> np.ndarray:
+    normal = [normalise_bytes(text) for text in texts]
+    return shingles_of(normal, boilerplate=boilerplate, whole=np.array([not texts[1]]))[0]
+
+
 def similarity(first: tuple[str, str], second: tuple[str, str], *, boilerplate: np.ndarray | None = None) -> float:
     """Jaccard similarity, exact, of two rows given as (prompt, answer); 0 where a row has no shingles."""
-    one, other = (
-        shingles_of([normalise_bytes(text) for text in texts], boilerplate=boilerplate)[0] for texts in (first, second)
-    )
+    one, other = (_shingles_of_row(texts, boilerplate) for texts in (first, second))
     one, other, together = distinct(one), distinct(other), len(distinct(np.concatenate([one, other])))
     return (len(one) + len(other) - together) / together if together else 0.0
 
@@ -308,12 +332,12 @@ def is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def find_boilerplate(items: Sequence[Item]) -> np.ndarray:
     """Shingles, (B,) uint64 and sorted, that so many of these rows have in their prompts that they are a template's.
 
-    At least BOILERPLATE_ROWS rows and BOILERPLATE_SHARE of them.  Without this, rows that share a long instruction and
+    Documents have no prompts, and are passed by.  At least BOILERPLATE_ROWS rows and BOILERPLATE_SHARE of them.  Without this, rows that share a long instruction and
     differ in a short question would all be near-duplicates.  Answers are never boilerplate: they are what is learned.
     """
-    texts = [normalise_bytes(texts_of(item)[0]) for item in items]
+    texts = [normalise_bytes(texts_of(item)[0]) for item in items if isinstance(item, Conversation)]
     shingles, row = _shingles(texts)
-    return often(shingles, row, least=max(BOILERPLATE_ROWS, BOILERPLATE_SHARE * len(items)))
+    return often(shingles, row, least=max(BOILERPLATE_ROWS, BOILERPLATE_SHARE * len(texts)))
 
 
 def often(hashes: np.ndarray, rows: np.ndarray, *, least: float) -> np.ndarray:

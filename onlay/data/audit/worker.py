@@ -15,6 +15,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -26,6 +27,7 @@ from onlay.data.audit.languages import language_of
 from onlay.data.audit.overlap import SharedNgrams, ngrams_of, shared_ngrams
 from onlay.data.audit.similar import Fingerprints, fingerprint, keys_of
 from onlay.data.audit.texts import Terms, check_texts, opening_of
+from onlay.data.audit.words import rows_of_texts
 from onlay.data.privacy.detect import find
 from onlay.data.read import Conversation, Document, parse, prompt_key
 from onlay.data.rows import RowTable
@@ -113,6 +115,7 @@ def work(chunk: Chunk, setup: Setup) -> Result:
     personal: Counter[str] = Counter()
     roles: Counter[str] = Counter()
     is_train = chunk.role == "train"
+    texts = rows_of_texts(items)
     for row, item in zip(rows, items, strict=True):
         problem = shape.order_problem(item)
         codes = ["roles_order"] if problem is not None else []
@@ -131,9 +134,9 @@ def work(chunk: Chunk, setup: Setup) -> Result:
         for code in codes:
             found.setdefault(code, []).append(row.number)
     return Result(
-        source=chunk.source, seen=len(chunk.rows), bad=bad, table=table_of(chunk, rows, items),
+        source=chunk.source, seen=len(chunk.rows), bad=bad, table=table_of(chunk, rows, items, texts),
         fingerprints=None if setup.near_threshold is None
-        else fingerprint(items, boilerplate=setup.boilerplate),
+        else fingerprint(items, texts=texts, boilerplate=setup.boilerplate),
         ngrams=None if is_train or setup.near_threshold is None else ngrams_of(items),
         shared={role: shared_ngrams(items, known) for role, known in setup.known.items()} if is_train else {},
         found=found, reasons=reasons, openings=Counter(opening for opening in openings if opening is not None),
@@ -154,7 +157,14 @@ def code_of_kind(kind: str) -> str:
 
 
 def whole_text(item: Conversation | Document) -> str:
-    return item.text if isinstance(item, Document) else "\n\n".join(turn.content for turn in item.turns)
+    """All texts that `data.anonymise` would look through: also reasoning, the texts of tool calls and tools."""
+    if isinstance(item, Document):
+        return item.text
+    if item.tools or any(turn.tool_calls or turn.reasoning or turn.name for turn in item.turns):
+        from onlay.data.privacy.anonymise import texts_of  # Most data has no such rows, and need not wait for it.
+
+        return "\n\n".join(texts_of(item))
+    return "\n\n".join(turn.content for turn in item.turns)
 
 
 def _answer_of(item: Conversation | Document) -> str:
@@ -163,7 +173,10 @@ def _answer_of(item: Conversation | Document) -> str:
     return "\n".join(turn.content for turn in item.turns if turn.role == "assistant")
 
 
-def table_of(chunk: Chunk, rows: Sequence[Row], items: Sequence[Conversation | Document]) -> RowTable:
+def table_of(
+    chunk: Chunk, rows: Sequence[Row], items: Sequence[Conversation | Document], texts: Sequence[bytes]
+) -> RowTable:
+    """`texts`: rows_of_texts of the items."""
     domains: dict[str, int] = {}
     domain = np.full(len(rows), -1, dtype=np.int32)
     for index, row in enumerate(rows):
@@ -171,7 +184,8 @@ def table_of(chunk: Chunk, rows: Sequence[Row], items: Sequence[Conversation | D
         if name is not None:
             name = name.encode("utf-8", "replace").decode()  # JSON may hold half of an escaped pair.
             domain[index] = domains.setdefault(name, len(domains))
-    keys = np.array([keys_of(item) for item in items], dtype=np.uint64).reshape(-1, 3)
+    normal = zip(items, texts[::2], texts[1::2], strict=True)
+    keys = np.array([keys_of(item, normal=pair) for item, *pair in normal], dtype=np.uint64).reshape(-1, 3)
     lengths = np.array([_lengths(item) for item in items], dtype=np.int32).reshape(-1, 2)
     return RowTable(
         source=np.full(len(rows), chunk.source, dtype=np.uint16),
@@ -227,9 +241,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # What a library prints must not come between the answers.
     setup: Setup | None = None
-    for message in _messages(sys.stdin.buffer):
-        if isinstance(message, Setup):
-            setup = message
-        else:
-            assert setup is not None
-            send(answers, work(message, setup))
+    with suppress(BrokenPipeError):  # The main process is gone: nobody waits for the answer.
+        for message in _messages(sys.stdin.buffer):
+            if isinstance(message, Setup):
+                setup = message
+            else:
+                assert setup is not None
+                send(answers, work(message, setup))

@@ -24,7 +24,7 @@ from onlay.recipe import digest_of
 
 REPLACED = frozenset(KINDS) - {"url"}
 """A web address without a password names a site, seldom a person; it is replaced where it is asked for."""
-VERSION = 1
+VERSION = 2
 """Raise it when the rules would replace other spans of the same text."""
 Mode = Literal["pseudonyms", "redact"]
 FILLER = "\ufdd0"

@@ -12,8 +12,9 @@ EMAIL = re.compile(
     r"(?<![\w.+%-])[\w+][\w!#$%&'*+/=?^~-]*(?:\.[\w!#$%&'*+/=?^~-]+)*@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w])"
 )
 URL = re.compile(
-    r"(?i)(?<![A-Za-z0-9+.-])(?:[a-z][a-z0-9+.-]{1,15}://[^\s<>\"'`{}|\\^]+|www\.[a-z0-9-]+(?:\.[a-z0-9-]+)+(?:/[^\s<>\"'`{}|\\^]*)?)"
+    r"(?i)(?:(?:(?<![A-Za-z0-9+.-])(?![a-z0-9]+https?:)[a-z][a-z0-9+.-]{1,15}|https?)://[^\s<>\"'`{}|\\^]+|(?<![A-Za-z0-9+.-])www\.[a-z0-9-]+(?:\.[a-z0-9-]+)+(?:/[^\s<>\"'`{}|\\^]*)?)"
 )
+"""A word that stands before http without a space, as in texts taken from pages, is no part of the address."""
 CREDENTIALS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://([^/?#@\s:]*):([^/?#\s]+)@[^/?#@\s]+")
 PASSWORD_QUERY = re.compile(
     r"(?i)[?&;](?:password|passwd|pwd|access_token|api_?key|secret|sig|signature|auth_token)=[^&\s#]{4,}"

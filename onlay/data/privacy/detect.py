@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from onlay.data.privacy.contact import emails, ips, phones, urls
+from onlay.data.privacy.disguised import disguised_emails
 from onlay.data.privacy.identifiers import cards, ibans, national_ids
 from onlay.data.privacy.keys import keys
 from onlay.data.privacy.names import Names
@@ -46,6 +47,7 @@ def find(
     spans: list[Span] = []
     if "@" in text:
         spans += emails(text)
+    spans += disguised_emails(text)
     if "://" in text or "www." in text or "WWW." in text or "Www." in text:
         spans += urls(text)
     if DIGIT.search(text):

@@ -26,31 +26,15 @@ NAME = rf"{CAPITALISED}(?: {INITIAL}{{1,2}}(?={CAPITALISED})| {PARTICLE}(?= {CAP
 FOLLOWING = re.compile(
     rf"(?: {INITIAL}{{1,2}}(?=[{UP}][{LOW}])| )?(?:{PARTICLE} )?{CAPITALISED}(?:[ -]{CAPITALISED}){{0,2}}(?!\w)"
 )
-TITLED = re.compile(
-    rf"(?=[MDPSLJCORFH])(?<!\w)(?:Mr|Mrs|Ms|Mx|Miss|Dr|Prof|Professor|Doctor|Sir|Madam|Lady|Lord|Judge|Captain|Sergeant|Officer|Senator|Rev|Reverend|Father|Sister|Herr|Frau"
-    rf"|Fräulein|Monsieur|Madame|Mme|Mlle|Señor|Señora|Sr|Sra|Don|Doña|Signor|Signora|Sig)\.? (?P<name>{INITIAL}?{NAME})"
-)
-STRONG = re.compile(
-    rf"(?:(?i:\bmy (?:full |first |last |maiden |middle )?name(?:['’]s| is)|\b(?:his|her|their|maiden|last|first|partner['’]s|customer['’]s|wife['’]s|husband['’]s) name(?: is|['’]s)"
-    rf"|\bcall(?:ed|s)? (?:me|him|her)|\b(?:is|was|are) (?:called|named)|\b(?:person|man|woman|boy|girl|friend|son|daughter|child|kid|guy|student|neighbou?r) named|\bnamed (?:him|her)"
-    rf"|\b(?:full |first |last |sur|customer |patient |account |contact |sender |recipient |employee )?name ?:|\b(?:customer|patient|contact|sender|recipient|client|signed|signature|author|attn|attention|directed by) ?:"
-    rf"|\b(?:ich hei(?:ß|ss)e|mein name ist|je m['’]appelle|me llamo|mi chiamo|meu nome é|mi nombre es|jag heter|jeg hedder|jeg heter))\s{{1,5}})(?P<name>{INITIAL}?{NAME})"
-)
-STRONG_LOWER = re.compile(rf"(?i:\bmy name(?:['’]s| is)|\bcall me|\bi['’]?m called) (?P<name>[{LOW}]+)\b")
-WEAK = re.compile(
-    rf"(?:(?i:\bI['’]m|\bI am|\bthis is|\bhi|\bhey|\bhello|\bdear|\bthanks?,|\bregards,|\bsincerely,|\bcheers,|\bbest,|\byours,|\blove,|\bmeet|\basked for|\bspeak (?:to|with)|\bmy (?:wife|husband|son|daughter|brother|sister|friend|boss|colleague|kid|child|partner|manager|mother|father)),?"
-    rf"\s{{1,3}})(?P<name>{NAME})"
-)
+TITLE_CUES = ("Mr", "Ms", "Mx", "Miss", "Dr", "Prof", "Doctor", "Sir", "Madam", "Lady", "Lord", "Judge", "Captain", "Sergeant", "Officer", "Senator", "Rev",
+              "Father", "Sister", "Herr", "Frau", "Fräulein", "Monsieur", "Mme", "Mlle", "Señor", "Sr", "Don", "Doña", "Sig")  # fmt: skip
 STRONG_CUES = ("name", "call me", "calls me", "called", "call h", "customer:", "patient:", "contact:", "sender:", "recipient:", "client:", "signed", "signature", "author:", "attn", "attention:", "directed by",
                "ich hei", "je m", "me llamo", "mi chiamo", "jag heter", "jeg he")  # fmt: skip
+LOWER_CUES = ("my name", "call me", "m called")
 WEAK_CUES = ("i'm ", "i’m ", "i am ", "this is ", "hi ", "hi,", "hey ", "hey,", "hello", "dear ", "thanks", "thank,", "regards", "sincerely", "cheers", "best,", "yours,",
              "love,", "meet ", "asked for ", "speak ", "my ")  # fmt: skip
 TOWN = re.compile(r"\b(?:San|Santa|Santo|São|Saint|St\.?|Fort|Port|Lake|Mount) $")
 """San Francisco is no person."""
-ASKED = re.compile(rf"(?i:\bname\b[^.!?\n]{{0,30}}\?\s*(?:\w+: ?)?)(?P<name>{NAME})")
-WHOLE = re.compile(
-    rf"(?=[{UP}])(?<![\w'’.-]){CAPITALISED}(?: (?P<initial>{INITIAL}{{1,2}})?{CAPITALISED}){{1,2}}(?!\w)"
-)
 ACTS_BEFORE = re.compile(
     r"\b(?:said|says|asked|replied|told|married|by|starring|singer|actor|actress|player|producer|director|author|professor|president|founder) $"
 )
@@ -61,6 +45,52 @@ ACTS_AFTER = re.compile(
 
 SURE = 0.55
 """A whole name with a greater score tells its parts."""
+
+
+# Compiled when the first text has a word that they need: that takes longer than to read some hundred rows.
+
+
+@cache
+def _titled() -> re.Pattern[str]:
+    return re.compile(
+        rf"(?=[MDPSLJCORFH])(?<!\w)(?:Mr|Mrs|Ms|Mx|Miss|Dr|Prof|Professor|Doctor|Sir|Madam|Lady|Lord|Judge|Captain|Sergeant|Officer|Senator|Rev|Reverend|Father|Sister|Herr|Frau"
+        rf"|Fräulein|Monsieur|Madame|Mme|Mlle|Señor|Señora|Sr|Sra|Don|Doña|Signor|Signora|Sig)\.? (?P<name>{INITIAL}?{NAME})"
+    )
+
+
+@cache
+def _strong() -> re.Pattern[str]:
+    return re.compile(
+        rf"(?:(?i:\bmy (?:full |first |last |maiden |middle )?name(?:['’]s| is)|\b(?:his|her|their|maiden|last|first|partner['’]s|customer['’]s|wife['’]s|husband['’]s) name(?: is|['’]s)"
+        rf"|\bcall(?:ed|s)? (?:me|him|her)|\b(?:is|was|are) (?:called|named)|\b(?:person|man|woman|boy|girl|friend|son|daughter|child|kid|guy|student|neighbou?r) named|\bnamed (?:him|her)"
+        rf"|\b(?:full |first |last |sur|customer |patient |account |contact |sender |recipient |employee )?name ?:|\b(?:customer|patient|contact|sender|recipient|client|signed|signature|author|attn|attention|directed by) ?:"
+        rf"|\b(?:ich hei(?:ß|ss)e|mein name ist|je m['’]appelle|me llamo|mi chiamo|meu nome é|mi nombre es|jag heter|jeg hedder|jeg heter))\s{{1,5}})(?P<name>{INITIAL}?{NAME})"
+    )
+
+
+@cache
+def _strong_lower() -> re.Pattern[str]:
+    return re.compile(rf"(?i:\bmy name(?:['’]s| is)|\bcall me|\bi['’]?m called) (?P<name>[{LOW}]+)\b")
+
+
+@cache
+def _weak() -> re.Pattern[str]:
+    return re.compile(
+        rf"(?:(?i:\bI['’]m|\bI am|\bthis is|\bhi|\bhey|\bhello|\bdear|\bthanks?,|\bregards,|\bsincerely,|\bcheers,|\bbest,|\byours,|\blove,|\bmeet|\basked for|\bspeak (?:to|with)|\bmy (?:wife|husband|son|daughter|brother|sister|friend|boss|colleague|kid|child|partner|manager|mother|father)),?"
+        rf"\s{{1,3}})(?P<name>{NAME})"
+    )
+
+
+@cache
+def _asked() -> re.Pattern[str]:
+    return re.compile(rf"(?i:\bname\b[^.!?\n]{{0,30}}\?\s*(?:\w+: ?)?)(?P<name>{NAME})")
+
+
+@cache
+def _whole_names() -> re.Pattern[str]:
+    return re.compile(
+        rf"(?=[{UP}])(?<![\w'’.-]){CAPITALISED}(?: (?P<initial>{INITIAL}{{1,2}})?{CAPITALISED}){{1,2}}(?!\w)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +117,23 @@ def people(text: str) -> Iterator[Span]:
     found: list[tuple[int, int, float]] = []
     capitalised = WORD.findall(text)
     if capitalised:
-        found += [(*_trimmed(one, "name"), 0.85) for one in TITLED.finditer(text)]
+        if any(cue in text for cue in TITLE_CUES):
+            found += [(*_trimmed(one, "name"), 0.85) for one in _titled().finditer(text)]
         if not known.given.isdisjoint(capitalised):
             found += _given(text, known)
         if len(capitalised) > 1:
             found += _whole(text)
     lowered = text.lower()
     if any(cue in lowered for cue in STRONG_CUES):
-        found += [(*_trimmed(one, "name"), 0.8) for form in (STRONG, ASKED) for one in form.finditer(text)]
-        for one in STRONG_LOWER.finditer(text):
+        if capitalised:
+            found += [(*_trimmed(one, "name"), 0.8) for one in _strong().finditer(text)]
+        if capitalised and "name" in lowered and "?" in text:
+            found += [(*_trimmed(one, "name"), 0.8) for one in _asked().finditer(text)]
+        for one in _strong_lower().finditer(text) if any(cue in lowered for cue in LOWER_CUES) else ():
             if one["name"] in known.small:
                 found.append((*one.span("name"), 0.7))
     if capitalised and any(cue in lowered for cue in WEAK_CUES):
-        for one in WEAK.finditer(text):
+        for one in _weak().finditer(text):
             start, end = _trimmed(one, "name")
             if " " in text[start:end] or text[start:end] in known.given:
                 found.append((start, end, 0.6))
@@ -123,7 +157,7 @@ def _trimmed(found: re.Match[str], group: str | int) -> tuple[int, int]:
 
 def _whole(text: str) -> Iterator[tuple[int, int, float]]:
     """Two or three words with capitals: with an initial among them, or beside a word for what persons do."""
-    for one in WHOLE.finditer(text):
+    for one in _whole_names().finditer(text):
         before = max(0, one.start() - 12)
         if one["initial"] or ACTS_AFTER.match(text, one.end()) or ACTS_BEFORE.search(text, before, one.start()):
             yield *_trimmed(one, 0), 0.6

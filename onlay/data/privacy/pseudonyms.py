@@ -14,10 +14,10 @@ import ipaddress
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from onlay.data.privacy.key import Key
+from onlay.data.privacy.key import VARIABLE, Key
 from onlay.database import Database
 from onlay.errors import DataError, SetupError
 
@@ -145,23 +145,36 @@ class Vault:
     def restore(self, text: str) -> str:
         """The text with every token of this vault replaced by what it stands for; tokens of another key stay.
 
-        Raises SetupError where the key is not the vault's.
+        Raises SetupError as `look_up` does.
+        """
+        texts = self.look_up(TOKEN.findall(text))
+        return TOKEN.sub(lambda found: texts.get(found[0], found[0]), text)
+
+    def look_up(self, tokens: Iterable[str]) -> dict[str, str]:
+        """What the tokens stand for; those that are not in the vault are left out.
+
+        Raises SetupError where there is no vault, or the key is not the vault's; for no tokens, too.
         """
         if not self.path.is_file():
             raise SetupError(
                 f"The vault of pseudonyms {self.path} does not exist.",
-                "It lies beside the key that they were made with.",
+                "It lies beside the key that they were made with; `onlay prepare` with that key and data fills it again.",
             )
-        tokens = sorted(set(TOKEN.findall(text)))
+        wanted = sorted(set(tokens))
         texts: dict[str, str] = {}
         with self._database.read() as connection:
             self._check(connection)
-            for first in range(0, len(tokens), LOOKED_UP):
-                some = tokens[first : first + LOOKED_UP]
+            for first in range(0, len(wanted), LOOKED_UP):
+                some = wanted[first : first + LOOKED_UP]
                 marks = ", ".join("?" * len(some))
                 for row in connection.execute(f"SELECT token, sealed FROM pseudonyms WHERE token IN ({marks})", some):
                     texts[row["token"]] = self._open(row["token"], row["sealed"])
-        return TOKEN.sub(lambda found: texts.get(found[0], found[0]), text)
+        return texts
+
+    def holds(self, tokens: Iterable[str]) -> bool:
+        """Whether it knows every one of them; False where there is no vault (any more)."""
+        wanted = set(tokens)
+        return not wanted or (self.path.is_file() and len(self.look_up(wanted)) == len(wanted))
 
     def _check(self, connection: sqlite3.Connection) -> None:
         owner = connection.execute("SELECT fingerprint FROM owner").fetchone()
@@ -186,3 +199,10 @@ def vault_path(key_file: str | Path) -> Path:
     """Where the vault of a key file is: beside it."""
     path = Path(key_file).expanduser()
     return path.with_name(path.name + ".vault")
+
+
+def open_vault(where: str | Path, *, key: Key, home: Path) -> Vault:
+    """The vault of a key that `read_key(where)` gave: beside its file, or under `home` where it is in a variable, which has
+    no place of its own: `home`/vaults/FINGERPRINT.vault."""
+    in_variable = isinstance(where, str) and where.startswith(VARIABLE)
+    return Vault(home / "vaults" / f"{key.fingerprint}.vault" if in_variable else vault_path(where), key=key)

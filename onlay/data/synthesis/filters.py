@@ -12,6 +12,7 @@ from onlay.data.synthesis.prompts import Written
 from onlay.data.synthesis.seeds import Task
 
 REASONS = {
+    "refused_by_server": "prompts that the server refuses (a content filter's, or too long for it)",
     "unreadable_reply": "replies that hold no task in the form asked for",
     "cut_off": "last tasks of replies that ended at the limit of tokens",
     "too_short": "instructions of fewer words than any seed's, and fewer than 4",

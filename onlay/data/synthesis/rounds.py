@@ -128,6 +128,8 @@ class _Maker:
     ) -> None:
         self.seeds, self.settings, self.asking, self.replies, self.tell = seeds, settings, asking, replies, tell
         self.made, self.tasks, self.template = Made(), list[Task](), template_digest()[:12]
+        self.places: dict[str, str] = {}
+        """Of a task that became a row: `request/task` to `made:number`."""
         self.filter = Filter(
             seeds, words=asking.words, longest_common=asking.longest_common, most_alike=settings.most_alike
         )
@@ -158,17 +160,20 @@ class _Maker:
                 "seed": self.settings.seed, "temperature": self.settings.temperature,
             }  # fmt: skip
             written = read_tasks(reply.text)
-            if not written:
+            if reply.refused is not None:
+                self._reject("refused_by_server", provenance | {"status": reply.refused})
+            elif not written:
                 self._reject("unreadable_reply", provenance, reply=reply.text)
             for place, one in enumerate(written):
                 reason, alike = self.filter.refusal(one)
                 if reply.cut and place == len(written) - 1:
                     reason = "cut_off"
+                told = provenance | {"task": place} | alike
                 if reason is not None:
-                    self._reject(reason, provenance | alike, one)
+                    self._reject(reason, told, one)
                     continue
                 self.filter.add(one, place=f"{key}/{place}")
-                found.append((one, provenance | {"task": place} | alike))
+                found.append((one, told))
         return found
 
     def _draw(self, stream: random.Random) -> list[Task]:
@@ -196,53 +201,70 @@ class _Maker:
     # --------------------------------------------------------------------------------------------------------- answers
 
     def _answer(self, wave: Sequence[tuple[Written, dict[str, Any]]]) -> None:
-        prompts, room = {}, []
+        """Rows and refused ones come out in the order of the tasks, so that it does not depend on where a wave ends."""
+        answered = self._answers(wave)
+        accepted = [
+            (place, written, answer)
+            for place, ((written, _), (answer, reason)) in enumerate(zip(wave, answered, strict=True))
+            if reason is None
+        ]
+        grades = self._grades({_key("judge", wave[place][1]): (written, answer) for place, written, answer in accepted})
+        for (written, provenance), (answer, reason) in zip(wave, answered, strict=True):
+            grade = grades.get(_key("judge", provenance), {})
+            reason = reason or grade.pop("reason", None)
+            if reason is None:
+                self._accept(written, answer, provenance | grade)
+            else:
+                self._reject(reason, provenance | grade, written, **({} if answer is None else {"answer": answer}))
+
+    def _answers(self, wave: Sequence[tuple[Written, dict[str, Any]]]) -> list[tuple[Any, str | None]]:
+        """The answer of each task (None where there is none), and why it is refused.  Their provenance gets the examples."""
+        prompts = {}
         for written, provenance in wave:
             stream = random.Random(f"{self.settings.seed}/{written.instruction}/{written.input}")
             drawn = stream.sample(list(self.seeds), min(len(self.seeds), WORKED_EXAMPLES))
             examples = self._that_fit(drawn, lambda shown, one=written: answer_prompt(one, shown=shown))  # type: ignore[misc]
             provenance["examples"] = [task.place for task in examples]
             prompt = answer_prompt(written, shown=examples)
-            if not self.asking.model.fits(prompt):
-                self._reject("no_room", provenance, written)
-                continue
-            room.append((written, provenance))
-            prompts[_key("answers", provenance)] = prompt
+            if self.asking.model.fits(prompt):
+                prompts[_key("answers", provenance)] = prompt
         replies = self.replies.ask(prompts, ask=self.asking.model.ask(0.0), done=self._done)
-        accepted = []
-        for written, provenance in room:
-            reply = replies[_key("answers", provenance)]
-            answer = read_answer(reply.text)
-            reason = answer_refusal(written, answer, cut=reply.cut, codes=_codes(written, answer))
-            if reason is not None:
-                self._reject(reason, provenance, written, answer=answer)
+        found: list[tuple[Any, str | None]] = []
+        for written, provenance in wave:
+            reply = replies.get(_key("answers", provenance))
+            if reply is None:
+                found.append((None, "no_room"))
+            elif reply.refused is not None:
+                provenance["status"] = reply.refused
+                found.append((None, "refused_by_server"))
             else:
-                accepted.append((written, answer, provenance))
-        grades = self._grades(accepted) if self.asking.judge is not None else [{} for _ in accepted]
-        for (written, answer, provenance), grade in zip(accepted, grades, strict=True):
-            if "reason" in grade:
-                self._reject(grade.pop("reason"), provenance | grade, written, answer=answer)
-            else:
-                self._accept(written, answer, provenance | grade)
+                answer = read_answer(reply.text)
+                reason = answer_refusal(written, answer, cut=reply.cut, codes=_codes(written, answer))
+                found.append((answer, reason))
+        return found
 
-    def _grades(self, accepted: Sequence[tuple[Written, str, dict[str, Any]]]) -> list[dict[str, Any]]:
-        """{"judge", "score"} of each, and "reason" where it is refused."""
-        assert self.asking.judge is not None
+    def _grades(self, answered: dict[str, tuple[Written, str]]) -> dict[str, dict[str, Any]]:
+        """{"judge", "score"} of each, and "reason" where it is refused; nothing without a judge."""
         judge = self.asking.judge
-        every = {_key("judge", provenance): judge_prompt(written, answer) for written, answer, provenance in accepted}
+        if judge is None:
+            return {}
+        every = {key: judge_prompt(written, answer) for key, (written, answer) in answered.items()}
         prompts = {key: prompt for key, prompt in every.items() if judge.fits(prompt)}
         replies = self.replies.ask(prompts, ask=judge.ask(0.0), done=self._done)
-        found = []
+        found = {}
         for key in every:
-            score = read_score(replies[key].text) if key in replies else None
+            reply = replies.get(key)
+            score = read_score(reply.text) if reply is not None else None
             grade: dict[str, Any] = {"judge": judge.name, "score": score}
-            if key not in replies:
+            if reply is None:
                 grade["reason"] = "no_room"
+            elif reply.refused is not None:
+                grade |= {"reason": "refused_by_server", "status": reply.refused}
             elif score is None:
                 grade["reason"] = "judge_unreadable"
             elif score < self.settings.least_score:
                 grade["reason"] = "judged_low"
-            found.append(grade)
+            found[key] = grade
         return found
 
     # -------------------------------------------------------------------------------------------------------- outcomes
@@ -250,14 +272,21 @@ class _Maker:
     def _accept(self, written: Written, answer: str, provenance: dict[str, Any]) -> None:
         self.made.rows.append({
             "instruction": written.instruction, "input": written.input, "output": answer,
-            "source": f"synthetic:{self.asking.model.name}", "provenance": provenance,
+            "source": f"synthetic:{self.asking.model.name}", "provenance": self._traced(provenance),
         })  # fmt: skip
         place = f"made:{len(self.made.rows)}"
+        self.places[f"{provenance['request']}/{provenance['task']}"] = place
         self.tasks.append(Task(instruction=written.instruction, input=written.input, answer=answer, place=place))
 
     def _reject(self, reason: str, provenance: dict[str, Any], written: Written | None = None, **more: str) -> None:
         texts = {} if written is None else {"instruction": written.instruction, "input": written.input}
-        self.made.rejected.append({"reason": reason, **texts, **more, "provenance": provenance})
+        self.made.rejected.append({"reason": reason, **texts, **more, "provenance": self._traced(provenance)})
+
+    def _traced(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        """The nearest task is named as the row that it has become by now, or else by its request and number in it."""
+        if provenance.get("nearest") in self.places:
+            return provenance | {"nearest": self.places[provenance["nearest"]]}
+        return provenance
 
     def _done(self) -> None:
         self.tell(self.made)

@@ -311,6 +311,12 @@ def _overlong(part: str) -> Alone:
     return lambda row, rng, format: put(row, part, " ".join(sentence(rng) for _ in range(140)))
 
 
+def _unended(row: dict[str, Any], rng: random.Random, format: str) -> Line:
+    """One exchange more, whose answer is not trained: of messages alone."""
+    asked, answered = ({"role": role, "content": sentence(rng)} for role in ("user", "assistant"))
+    return {"messages": [*row["messages"], asked, answered | {"weight": 0}]}
+
+
 def _with_mark(row: dict[str, Any], rng: random.Random, format: str) -> Line:
     """A mark of the template within a text: whoever reads it back sees turns that nobody took."""
     part = rng.choice(("prompt", "answer"))
@@ -347,10 +353,16 @@ TEXTS: dict[str, Alone] = {
 PERSONAL: dict[str, Alone] = {code: _personal(samples) for code, samples in m.PERSONAL.items()}
 MASKS: dict[str, Alone] = {
     "round_trip_failed": _with_mark,
-    "end_not_trained": _overlong("answer"),
+    "end_not_trained": _unended,
+    "overlong_rows": _overlong("answer"),
     "no_trained_tokens": _overlong("prompt"),
 }
-"""With data.overlong = cut and the pocket base's template."""
+"""With data.overlong = cut and the pocket base's template; end_not_trained with ENDS_ONCE."""
+ENDS_ONCE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""A template that ends only the last answer."""
 ALONE = {**SHAPE, **TEXTS, **PERSONAL, **MASKS}
 PAIRED: dict[str, Paired] = {
     "duplicates_exact": _copy,

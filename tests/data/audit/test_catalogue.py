@@ -54,3 +54,25 @@ def test_findings_are_worst_first_and_filled_in() -> None:
 def test_an_unknown_code_is_a_mistake() -> None:
     with pytest.raises(AssertionError):
         Tally().add("no_such_code", source=0, number=1)
+
+
+def test_one_row_is_spoken_of_as_one() -> None:
+    tally = Tally()
+    tally.add("repetition", source=0, number=1)
+    tally.add_many("placeholder_answer", sources=[0, 0], numbers=[1, 2])
+    tally.add("known_by_base", source=0, number=1)
+    found = {one.code: one.message for one in tally.findings(["f"], told={"known_by_base": {"scored": "1,000"}})}
+    assert found["repetition"] == "answer that repeats itself"
+    assert found["placeholder_answer"] == "answers that are placeholders or speak of being an AI"
+    assert found["known_by_base"] == "row, of 1,000 looked at, whose answer the base gives already"
+    few = finding("few_rows", count=1, told={"least": 500, "method": "a|b", "typical": "more"})
+    assert few.message == "training row, fewer than 500; a|b is usually given more"
+
+
+@pytest.mark.parametrize("code", KINDS)
+def test_every_message_tells_one_from_many(code: str) -> None:
+    one, many = KINDS[code].said_of(1), KINDS[code].said_of(3)
+    assert many == KINDS[code].message
+    assert re.match(r"(training )?(row|answer|conversation|place)\b", one), one
+    assert re.match(r"(training )?(rows|answers|conversations|places)\b", many), many
+    assert not re.search(r"[|_]", re.sub(r"\{.*?\}|max_tokens", "", one + many))

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 from onlay.data.audit import engine, pool
+from onlay.data.audit.comparison import compare_rows
 from onlay.data.audit.engine import AuditSource, Examined, Settings, examine
 from onlay.data.audit.pool import WorkerError
 from onlay.errors import DataError
 from onlay.recipe import DataSection
+from tests.data.audit import faults
 
 GOOD = {"prompt": "What is a lantern?", "completion": "A lamp that is carried about, with a case around its light."}
 
@@ -166,6 +168,63 @@ def test_settings_turn_detectors_off(tmp_path: Path) -> None:
     assert counts(bare) == {}
     assert bare.fingerprints is None
     assert np.array_equal(bare.table.row_key, full.table.row_key)
+
+
+def test_personal_data_is_found_wherever_it_is_trained(tmp_path: Path) -> None:
+    def asked(answer: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "Tell me."}, {"role": "assistant", **answer}], **more}
+
+    address = "anna.keller@example.com"
+    rows = [
+        asked({"content": "Yes."}),
+        asked({"content": "Yes.", "reasoning_content": f"It is {address}."}),
+        asked({"content": "", "tool_calls": [{"name": "send", "arguments": {"to": [address]}}]}),
+        asked({"content": "Yes."}, tools=[{"name": "send", "description": f"Sends mail as {address}."}]),
+    ]
+    examined = look(write(tmp_path / "a.jsonl", rows))
+    assert counts(examined)["personal_email"] == [(0, 2), (0, 3), (0, 4)]
+    assert examined.shares["personal_data"]["email"] == 3
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_held_out_n_grams_are_joined_without_a_slow_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(values: np.ndarray, *arguments: Any, **given: Any) -> Any:
+        assert values.dtype != np.uint64 or given, "numpy hashes them first, which takes 40 times as long for millions"
+        return unique(values, *arguments, **given)
+
+    unique = np.unique
+    monkeypatch.setattr(np, "unique", refuse)
+    monkeypatch.setattr(np, "union1d", lambda *arrays: refuse(np.concatenate(arrays)))
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", many(60)), ("b", many(50)[10:]))]
+    sources = [AuditSource(path=path, role="evaluation") for path in paths]
+    train = write(tmp_path / "train.jsonl", many(5))
+    examined = examine([*sources, AuditSource(path=train, role="train")], DataSection(train=train))
+    alone = examine([sources[0], AuditSource(path=train, role="train")], DataSection(train=train))
+    known = examined.known["evaluation"]
+    assert len(known) and (known[1:] > known[:-1]).all()
+    assert np.array_equal(known, alone.known["evaluation"])
+
+
+@pytest.mark.parametrize("by_words", [True, False])
+def test_clusters_of_words_are_made_where_they_are_wanted(tmp_path: Path, by_words: bool) -> None:
+    rows = faults.clean_rows(100, format="prompt_completion")
+    compared = compare_rows(look(write(tmp_path / "a.jsonl", rows)), threshold=0.8, by_words=by_words)
+    assert ("clusters" in compared.shares) is by_words
+    assert ("clustered_rows" in compared.measures) is by_words
+
+
+def test_ordinary_rows_need_nothing_heavy(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", many(30))
+    code = (
+        "import sys\n"
+        "from onlay.data.audit.engine import AuditSource, examine\n"
+        "from onlay.recipe import DataSection\n"
+        f"examine([AuditSource(path={path!r}, role='train')], DataSection(train={path!r}))\n"
+        "heavy = {'datasets', 'regex', 'jinja2', 'torch', 'transformers', 'onlay.data.privacy.anonymise'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- workers

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from onlay.data.audit import masks
+from onlay.data.audit import beginnings, masks
 from onlay.data.audit.catalogue import Tally
 from onlay.data.audit.masks import MaskStatistics, PlacedItem, check_masks
 from onlay.data.read import Conversation, Document, Turn
@@ -109,12 +110,13 @@ def test_rows_beyond_the_limit_are_told_and_count_no_tokens(overlong: str) -> No
     assert fitting == {}
 
 
-def test_a_cut_row_loses_its_end_and_then_its_answer() -> None:
+def test_a_cut_row_is_told_as_overlong_until_nothing_of_its_answer_is_left() -> None:
     template = chatml()
     encoded = template.encode(talk(*ONE))
     begin, size = encoded.trained.index(True), len(encoded.ids)
     last = size - 1 - encoded.trained[::-1].index(True)
-    for max_tokens, codes in ((size, []), (last + 1, []), (last, ["end_not_trained"]), (begin, ["no_trained_tokens"])):
+    # That it loses its end is what the recipe chose; an answer that is lost whole would train nothing.
+    for max_tokens, codes in ((size, []), (last + 1, []), (last, []), (begin, ["no_trained_tokens"])):
         found, told = examine(template, placed(talk(*ONE)), max_tokens=max_tokens, overlong="cut")
         assert sorted(set(told) - {"overlong_rows"}) == codes
         assert ("overlong_rows" in told) == (max_tokens < size)
@@ -137,6 +139,9 @@ def test_a_template_that_ends_only_the_last_answer(tmp_path: Path) -> None:
     )
     unended = talk(*ONE, TWO[2], Turn("assistant", "Six.", trained=False))
     assert examine(template, placed(talk(*TWO), unended))[1] == {"end_not_trained": [2]}
+    size = len(template.encode(unended).ids)
+    assert examine(template, placed(unended), max_tokens=size, overlong="cut")[1] == {"end_not_trained": [1]}
+    assert examine(template, placed(unended), max_tokens=size - 1, overlong="cut")[1] == {"overlong_rows": [1]}
 
 
 def test_where_everything_trains_the_end_may_be_followed_by_white_space() -> None:
@@ -145,7 +150,7 @@ def test_where_everything_trains_the_end_may_be_followed_by_white_space() -> Non
         assert examine(template, placed(talk(*TWO), talk(*TWO, Turn("user", "Thanks"))))[1] == {}
         size = len(template.encode(talk(*TWO)).ids)
         _, told = examine(template, placed(talk(*TWO)), max_tokens=size - 8, overlong="cut")
-        assert told["end_not_trained"] == [1]
+        assert told == {"overlong_rows": [1]}
 
 
 def test_little_trained_is_a_share_of_the_row() -> None:
@@ -260,3 +265,51 @@ def test_planted_faults_are_found_at_their_rows_and_nowhere_else(name: str) -> N
     assert min(len(numbers) for numbers in planted.values()) > 20
     _, told = examine(ChatTemplate(byte_level(), template=name), placed(*items), max_tokens=4000)
     assert told == planted
+
+
+# ------------------------------------------------------------------------------------------------------------ very long
+
+
+class Watching:
+    """Notes how many characters are tokenized at once."""
+
+    def __init__(self, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most = 0
+        whole = template.encode_batch
+
+        def encode_batch(items: Sequence[Conversation | Document], **named: Any) -> Any:
+            encoded = whole(items, **named)
+            self.most = max([self.most, *(len(one.text) for one in encoded)])
+            return encoded
+
+        monkeypatch.setattr(template, "encode_batch", encode_batch)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_of_a_very_long_row_only_the_beginning_is_tokenized(overlong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = chatml()
+    long = talk(ONE[0], Turn("assistant", "many words " * 100_000))
+    exact = template.encode(long)
+    watching = Watching(template, monkeypatch)
+    found, told = examine(template, placed(talk(*ONE), long), max_tokens=200, overlong=overlong)
+    assert told == {"overlong_rows": [2]}
+    assert watching.most < 2 * beginnings.LONG_CHARACTERS < len(exact.text)
+    tally = Tally()
+    check_masks(placed(talk(*ONE), long), template, max_tokens=200, overlong=overlong, tally=tally)
+    assert tally.rows("length_estimated") == [(0, 2)]
+    assert found.distributions[0].most == pytest.approx(len(exact.ids), rel=0.02)
+    assert found.distributions[1].most == pytest.approx(sum(exact.trained), rel=0.02)
+    kept = 200 if overlong == "cut" else 0
+    assert found.tokens == len(template.encode(talk(*ONE)).ids) + kept
+    trained = sum(template.encode(talk(*ONE)).trained) + sum(exact.trained[:kept])
+    assert found.trained_tokens == trained  # What is cut off was not looked at, what is kept is the same.
+
+
+def test_a_very_long_row_of_few_tokens_is_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beginnings, "LONG_CHARACTERS", 100)
+    monkeypatch.setattr(beginnings, "LONG_TOKENS", 0)
+    template = chatml()
+    row = talk(ONE[0], Turn("assistant", "words " * 60))
+    size = len(template.encode(row).ids)
+    found, told = examine(template, placed(row), max_tokens=size)
+    assert (told, found.tokens) == ({}, size)

@@ -20,7 +20,7 @@ from onlay.data.audit.overlap import (
 )
 from onlay.data.audit.similar import find_clusters
 from onlay.data.audit.words import find_boilerplate
-from onlay.data.read import Document
+from onlay.data.read import Conversation, Document, Turn
 from onlay.records import Group
 from tests.data.audit.rows import WORDS, Rows, conversation, sentence
 
@@ -146,6 +146,18 @@ def test_worked_answers_that_end_in_the_same_number_agree() -> None:
 def test_another_system_message_may_ask_for_another_answer() -> None:
     rows = Rows([conversation("Hello", "Yes", system="Be kind."), conversation("Hello", "No", system="Be rude.")])
     assert contradictions(rows)[0].count("contradictory_answers") == 0
+
+
+def test_other_tools_may_ask_for_another_answer() -> None:
+    prompt = sentence(random.Random(0), 40)
+    turns = [(Turn("user", prompt), Turn("assistant", answer)) for answer in ("yes", "no", "no")]
+    tools: list[dict[str, object]] = [{"name": "find"}, {"name": "seek"}, {"name": "find"}]
+    rows = Rows([Conversation(some, (tool,)) for some, tool in zip(turns, tools, strict=True)])
+    assert numbers(contradictions(rows)[0], "contradictory_answers") == [0, 2]
+    ends = ("", "", " x")
+    longer = [(Turn("user", prompt + more), answered) for (_, answered), more in zip(turns, ends, strict=True)]
+    rows = Rows([Conversation(some, (tool,)) for some, tool in zip(longer, tools, strict=True)])
+    assert numbers(contradictions(rows)[0], "contradictory_answers_near") == [0, 2]
 
 
 def test_a_group_shows_its_different_answers_first() -> None:

@@ -172,13 +172,10 @@ def test_near_duplicates_are_found(tmp_path: Path, format: str) -> None:
     for number in planted:
         before = clean[max(0, number - 5) : number - 1]
         nearest[number] = max(faults.jaccard(rows[number - 1], other) for other in before)  # type: ignore[arg-type]
-    # What prompts (and documents) have in common is left out of the comparison, which moves a row by some hundredths.
-    moved = 0.03 if format == "text" else 0.01
-    truth = {number for number, similarity in nearest.items() if similarity >= 0.8 + moved}
-    either = {number for number, similarity in nearest.items() if 0.8 - moved <= similarity < 0.8 + moved}
-    assert 20 < len(truth) < len(planted) - len(either) - 20  # Both sides of the threshold are planted.
+    truth = {number for number, similarity in nearest.items() if similarity >= 0.8}
+    assert 20 < len(truth) < len(planted) - 20  # Both sides of the threshold are planted.
     made = audit(tmp_path, rows)
-    held_to(told(made, "duplicates_near") - either, truth, recall=0.98)
+    held_to(told(made, "duplicates_near"), truth, recall=0.95)
 
 
 @pytest.mark.parametrize("format", faults.PAIR_FORMATS)
@@ -223,10 +220,14 @@ def test_leaks_are_found(tmp_path: Path, prefix: str, tier: str, format: str) ->
 def test_faults_of_masks_are_found(tmp_path: Path, code: str) -> None:
     rows = faults.clean_rows(ROWS, format="messages")
     truth = faults.plant(rows, code, format="messages", every=EVERY)
-    made = audit(tmp_path, rows, base="pocket", overrides=("data.max_tokens=1024", "data.overlong=cut"))
+    overrides = ["data.max_tokens=1024", "data.overlong=cut"]
+    if code == "end_not_trained":
+        template = tmp_path / "ends_once.jinja"
+        template.write_text(faults.ENDS_ONCE)
+        overrides.append(f"data.template={template}")
+    made = audit(tmp_path, rows, base="pocket", overrides=tuple(overrides))
     held_to(told(made, code), truth)
-    cut = {"end_not_trained", "no_trained_tokens", "overlong_rows"}
-    assert problems(made) <= ({code} if code == "round_trip_failed" else cut)
+    assert problems(made) == ({code, "overlong_rows"} if code == "no_trained_tokens" else {code})
     assert made.base is not None and made.tokens
 
 

@@ -10,6 +10,7 @@ import pytest
 import onlay.data.audit.similar as similar
 from onlay.data.audit.similar import Fingerprints, find_clusters, fingerprint, similarity
 from onlay.data.audit.words import find_boilerplate
+from onlay.data.read import Conversation, Document, Turn
 from tests.data.audit.rows import WORDS, Rows, edited, many_rows, sentence, truly_similar
 
 
@@ -91,6 +92,39 @@ def test_boilerplate_of_prompts_makes_no_duplicates() -> None:
     assert similarity(rows.texts[0], rows.texts[1]) > 0.8 > similarity(*rows.texts[:2], boilerplate=boilerplate)
 
 
+def test_rows_with_other_tools_are_no_duplicates() -> None:
+    text = sentence(random.Random(3), 60)
+    turns = [(Turn("user", text), Turn("assistant", answer)) for answer in ("yes", "yes", "yes and no", "yes and no")]
+    tools = [{"name": "find"}, {"name": "seek"}, {"name": "find"}, {"name": "seek"}]
+    rows = Rows([Conversation(some, (tool,)) for some, tool in zip(turns, tools, strict=True)])
+    clusters = find_clusters(rows.fingerprints(), rows.table(), threshold=0.8, read_texts=rows.read_texts)
+    assert clusters.tolist() == [0, 1, 0, 1]
+
+
+def test_documents_are_compared_with_what_they_have_in_common() -> None:
+    chance = random.Random(4)
+    licence, body = " ".join(WORDS[:40]), sentence(chance, 40)
+    rows = Rows(
+        [
+            *[Document(f"{licence} {sentence(chance, 40)}") for _ in range(200)],
+            Document(f"{licence} {body}"),
+            Document(f"{licence} {edited(chance, body, edits=2)}"),
+            *[(f"{licence} {sentence(chance, 40)}", "yes") for _ in range(200)],
+        ]
+    )
+    boilerplate = find_boilerplate(rows.items)
+    assert len(boilerplate) and similarity(rows.texts[200], rows.texts[201]) >= 0.8
+    fingerprints = rows.fingerprints(boilerplate=boilerplate)
+    clusters = find_clusters(fingerprints, rows.table(), threshold=0.8, read_texts=rows.read_texts)
+    assert clusters[201] == 200 and len(set(clusters.tolist())) == 401
+    # The same where rows are read again to be compared exactly.
+    shingles = similar.Shingles(
+        np.array([200, 201]), read_texts=rows.read_texts, boilerplate=boilerplate, prompts=False
+    )
+    measured = shingles.jaccard(np.array([200]), np.array([201]))[0]
+    assert measured == pytest.approx(similarity(rows.texts[200], rows.texts[201]))
+
+
 def test_when_too_many_rows_are_unsure_the_estimate_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = many_rows(rows=600, words=(20, 40), edits=3, seed=5)
     fingerprints, table = rows.fingerprints(), rows.table()
@@ -138,7 +172,7 @@ def test_parts_of_several_workers_join_to_the_same_fingerprints() -> None:
     parts = [fingerprint(rows.items[start : start + 30], boilerplate=boilerplate) for start in range(0, 100, 30)]
     joined = Fingerprints.joined([pickle.loads(pickle.dumps(part)) for part in parts])
     assert len(joined) == 100
-    for name in ("rows", "prompts", "row_shingles", "prompt_shingles", "asked", "boilerplate"):
+    for name in ("rows", "prompts", "row_shingles", "prompt_shingles", "asked", "tools", "boilerplate"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
     assert len(fingerprint([])) == 0
 

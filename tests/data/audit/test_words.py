@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import date
+
 import numpy as np
 import pytest
 
@@ -17,8 +19,10 @@ from onlay.data.audit.words import (
     normalise,
     normalise_bytes,
     shingles_of,
+    similarity,
     text_of,
     texts_of,
+    tools_key,
 )
 from onlay.data.read import Conversation, Document, ToolCall, Turn
 
@@ -87,6 +91,31 @@ def test_a_rows_keys_tell_prompt_answer_and_row() -> None:
     assert document[0] == document[2]
 
 
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"city": {"type": "string"}}}}
+
+
+def test_tools_are_asked_for_and_calls_are_answers() -> None:
+    def calling(arguments: dict[str, object], *tools: dict[str, object]) -> Conversation:
+        return Conversation((Turn("user", "Where?"), Turn("assistant", "", (ToolCall("find", arguments),))), tools)
+
+    prompt, answer, row = keys_of(calling({"city": "Bern"}, TOOL))
+    same = {"function": {"parameters": {"city": {"type": "string"}}, "name": "find"}, "type": "function"}
+    assert keys_of(calling({"city": "Bern"}, same)) == (prompt, answer, row)
+    other = keys_of(calling({"city": "Bern"}, {"type": "function", "function": {"name": "seek"}}))
+    assert (other[0] != prompt, other[1] == answer, other[2] != row) == (True, True, True)
+    none = keys_of(calling({"city": "Bern"}))
+    assert (none[0] != prompt, none[1] == answer, none[2] != row) == (True, True, True)
+    elsewhere = keys_of(calling({"city": "Basel"}, TOOL))
+    assert (elsewhere[0] == prompt, elsewhere[1] != answer, elsewhere[2] != row) == (True, True, True)
+    assert tools_key(calling({}, TOOL)) == tools_key(calling({"city": "Bern"}, same)) != tools_key(calling({})) == 0
+    assert tools_key(Document("a")) == 0
+
+
+def test_values_without_a_json_form_are_compared_as_text() -> None:
+    days = [Conversation((Turn("assistant", "", (ToolCall("at", {"day": date(2026, 1, day)}),)),)) for day in (1, 1, 2)]
+    assert keys_of(days[0]) == keys_of(days[1]) != keys_of(days[2])
+
+
 def test_texts_leave_system_turns_out_and_say_who_spoke() -> None:
     assert texts_of(asked("q", "a", system="s")) == ("q", "a")
     assert texts_of(Document("all of it")) == ("all of it", "")
@@ -149,6 +178,21 @@ def test_what_many_prompts_share_is_boilerplate_and_no_answer_is() -> None:
     assert (text == 1).sum() == 3
     assert not len(find_boilerplate(rows[:99])), "too few rows to tell a template"
     assert not len(find_boilerplate([]))
+
+
+def test_documents_have_no_boilerplate() -> None:
+    notes = [Document(f"All rights are reserved by us: {number} note") for number in range(200)]
+    assert not len(find_boilerplate(notes))
+    mails = [asked(f"All rights are reserved by us: {number} mail") for number in range(200)]
+    boilerplate = find_boilerplate([*notes, *mails])
+    assert len(boilerplate) == 6 - SHINGLE_WORDS + 1
+    note, mail = texts_of(notes[0]), texts_of(mails[0])
+    whole = np.array([True, False])
+    texts = [normalise_bytes(text) for text in (*note, *mail)]
+    _, text = shingles_of(texts, boilerplate=boilerplate, whole=whole)
+    assert np.bincount(text, minlength=4).tolist() == [6, 0, 2, 1]
+    others = texts_of(notes[1])
+    assert similarity(note, others, boilerplate=boilerplate) == similarity(note, others) > 0
 
 
 def test_a_shingle_repeated_in_one_prompt_counts_once() -> None:

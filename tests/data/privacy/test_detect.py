@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -253,3 +255,79 @@ def test_real_rows_of_arithmetic_hold_no_numbers_of_persons(data_folder: Path) -
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kinds = Counter(span.kind for row in rows for text in row.values() for span in find(text))
     assert set(kinds) <= {"name"}
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("from the articlehttps://a.org/x.", "https://a.org/x"),
+        ("extraordinarilylongwordhttp://a.org", "http://a.org"),
+        ("see2https://a.org", "https://a.org"),
+        ("my_articleHTTPS://a.org", "HTTPS://a.org"),
+        ("git+https://a.org/r", "git+https://a.org/r"),
+        ("sftp://a.org/x", "sftp://a.org/x"),
+    ],
+)
+def test_a_word_glued_before_a_web_address_is_no_part_of_it(text: str, address: str) -> None:
+    assert [(one.kind, one.text) for one in find(text)] == [("url", address)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ada\u200b.l\u200bovelace@exa\u200bmple.org",
+        "ada\u2060@example\ufeff.org",
+        "ada\uff20example.org",
+        "\uff41\uff44\uff41\uff20\uff45\uff58\uff41\uff4d\uff50\uff4c\uff45\uff0e\uff4f\uff52\uff47",
+        "ada[at]example.org",
+        "ada (at) mail.example [dot] org",
+        "ADA.L {AT} EXAMPLE (DOT) ORG",
+        "ada at example dot org",
+        "ada dot l at mail dot example dot com",
+    ],
+)
+def test_disguised_addresses_are_found_where_they_are(address: str) -> None:
+    for text in (address, f"\u200bWrite to {address}, please\u200b.", f"caf\u00e9\uff0c {address}\uff01 x"):
+        assert [(one.kind, one.text) for one in find(text)] == [("email", address)], text
+        [span] = find(text)
+        assert text[span.start : span.end] == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "look at the dot in it",
+        "visit us at example dot com",
+        "an arrow at the red dot com",
+        "We met (at) noon. Then we left.",
+        "the point at which a dot product is taken",
+        "ada at example.org",
+        "f[at] = g[dot] * 2",
+        "a \u200b and\u200b @ the\uff0c end",
+    ],
+)
+def test_what_only_looks_like_a_disguise_is_left(text: str) -> None:
+    assert [one for one in find(text) if one.kind == "email"] == []
+
+
+def test_disguised_texts_take_time_in_proportion() -> None:
+    for hostile in (
+        "a dot " * 50_000,
+        "a (at) " * 50_000,
+        "a[at]b." * 50_000,
+        "\u200b@" * 50_000,
+        "a dot b at " * 30_000 + "(at)",
+    ):
+        find(hostile)
+
+
+def test_patterns_are_compiled_where_a_text_needs_them() -> None:
+    """Most of the time that the first rows of a small file take went into patterns that none of them needed."""
+    script = (
+        "from onlay.data.privacy import people, places; from onlay.data.privacy.detect import find;"
+        "find('Then Anna ate 3 Apples.'); find('How many are 12 and 30?');"
+        "forms = (people._titled, people._strong, people._strong_lower, people._weak, people._asked, places._compiled);"
+        "print([form.cache_info().currsize for form in forms])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 0, 0, 0, 0, 0]"

@@ -12,10 +12,10 @@ from onlay.data.read import parse
 from onlay.data.sources import read_rows
 from onlay.data.synthesis.filters import REASONS
 from onlay.data.synthesis.prompts import tasks_prompt
-from onlay.data.synthesis.replies import Replies, Reply
+from onlay.data.synthesis.replies import Replies, Reply, check_writable
 from onlay.data.synthesis.rounds import DRY_ROUNDS, REQUESTS_A_ROUND, Asking, Made, Settings, make_rows
 from onlay.data.synthesis.seeds import Seeds, Task
-from onlay.errors import DataError, OutputError
+from onlay.errors import DataError, OutputError, SetupError
 from onlay.evaluation.overlap import longest_common
 from onlay.evaluation.text import words
 from onlay.recipe import DataSection
@@ -278,3 +278,107 @@ def test_a_task_without_room_for_its_answer_is_counted(tmp_path: Path) -> None:
 
     made = make(tmp_path, Voice(reply, room=1300), rows=20)
     assert len(made.rows) == 20 and made.reasons["no_room"] > 0
+
+
+def grade(prompt: str) -> Reply:
+    return Reply(["no word", '{"score": 3}', '{"score": 5}'][next(digits(prompt)) % 3], False)
+
+
+def mixed(prompt: str) -> Reply:
+    """Good tasks, of which some have no room and some poor answers."""
+    if prompt.startswith("Answer the last") and next(digits(prompt)) % 3 == 0:
+        return Reply("", False)
+    reply = good_reply(prompt)
+    if prompt.startswith("Below"):
+        return Reply(reply.text.replace("Input: boat", "Input: " + "boat " * 300), False)
+    return reply
+
+
+def test_what_is_refused_comes_in_the_order_of_the_tasks_however_many_rows_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "part").mkdir()
+    whole = make(tmp_path / "whole", Voice(mixed, room=1300), rows=25, judge=Voice(grade))
+    assert {"no_room", "empty_answer", "judged_low", "judge_unreadable"} <= set(whole.reasons)
+    for rows in (1, 3, 10, 25):
+        made = make(tmp_path / "part", Voice(mixed, room=1300), rows=rows, judge=Voice(grade))
+        assert len(made.rows) == rows
+    for name in ("out.jsonl", "rejected.jsonl"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", ["Below", "Answer the last", "You grade"])
+def test_a_prompt_that_the_server_refuses_is_counted_and_kept(tmp_path: Path, step: str) -> None:
+    refused: list[str] = []
+
+    def reply(prompt: str) -> Reply:
+        if prompt.startswith(step) and next(digits(prompt)) % 4 == 0:
+            refused.append(prompt)
+            return Reply("", False, "HTTP 400")
+        return good_reply(prompt)
+
+    made = make(tmp_path, Voice(reply), judge=Voice(reply))
+    assert len(made.rows) == 30 and made.reasons["refused_by_server"] == len(refused) > 0
+    told = [one["provenance"] for one in made.rejected if one["reason"] == "refused_by_server"]
+    assert {one["status"] for one in told} == {"HTTP 400"}
+    # Nothing is asked again, and the same is made.
+    before = (tmp_path / "rejected.jsonl").read_bytes()
+    again = make(tmp_path, Voice(most=0), judge=Voice(most=0))
+    assert again.rows == made.rows and (tmp_path / "rejected.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "what"), [("Below", "tasks"), ("Answer the last", "answers"), ("You grade", "grades")]
+)
+def test_a_server_that_refuses_everything_ends_it_and_none_of_it_is_kept(tmp_path: Path, step: str, what: str) -> None:
+    def reply(prompt: str) -> Reply:
+        return Reply("", False, "HTTP 400") if prompt.startswith(step) else good_reply(prompt)
+
+    with pytest.raises(SetupError, match=rf"Every one of \d+ requests for {what} was refused: HTTP 400"):
+        make(tmp_path, Voice(reply), judge=Voice(reply))
+    kept = lines(tmp_path / "replies.jsonl") if step != "Below" else []
+    assert (tmp_path / "replies.jsonl").exists() == bool(kept) and not any("refused" in line for line in kept)
+    # Set right, it goes on.
+    assert len(make(tmp_path, Voice(), judge=Voice()).rows) == 30
+
+
+def test_one_refused_prompt_alone_does_not_block(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def reply(prompt: str) -> Reply:
+        if prompt.startswith("Answer the last") and not refused:
+            refused.append(prompt)
+            return Reply("", False, "HTTP 413")
+        return good_reply(prompt)
+
+    made = make(tmp_path, Voice(reply), rows=1)
+    assert len(made.rows) == 1 and made.reasons["refused_by_server"] == 1
+
+
+def test_the_nearest_task_can_be_found(tmp_path: Path) -> None:
+    made = make(tmp_path, Voice(mixed, room=1300), rows=60, most_alike=0.8)
+    keys = {
+        f"{one['provenance']['request']}/{one['provenance']['task']}"
+        for one in made.rejected
+        if "task" in one["provenance"]
+    }
+    seeds = {task.place for task in SEEDS.tasks}
+    nearest = [row["provenance"]["nearest"] for row in made.rows]
+    assert {name.partition(":")[0] for name in nearest} >= {"made"}
+    for number, (row, name) in enumerate(zip(made.rows, nearest, strict=True)):
+        assert name in seeds or name in keys or 1 <= int(name.removeprefix("made:")) <= number
+        if name.startswith("made:"):
+            texts = [words(one["instruction"]) for one in (row, made.rows[int(name.removeprefix("made:")) - 1])]
+            alike = 2 * longest_common(*texts) / sum(map(len, texts))
+            assert row["provenance"]["alike"] == pytest.approx(alike, abs=1e-4)
+
+
+def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.jsonl").mkdir()
+    for path in (tmp_path / "file" / "out.jsonl", tmp_path / "folder.jsonl"):
+        with pytest.raises(OutputError, match="cannot be written") as error:
+            check_writable(path)
+        assert "--output" in error.value.remedy
+    good = tmp_path / "new" / "out.jsonl"
+    check_writable(good)
+    assert list(good.parent.iterdir()) == []
