@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ class Desk:
         for part in _parts(shown):
             self.console.print(part, soft_wrap=False)
         while True:
-            self.console.print(Text(HOW, style="bold"))
-            word = KEYS.get(read_key())
+            word = KEYS.get(read_key(lambda: self.console.print(Text(HOW, style="bold"))))
             if word == "edit":
                 edited = self._edit(shown, check)
                 if edited is not None:
@@ -80,8 +80,8 @@ class Desk:
                     self._say("Nothing was changed.")
                     return None
                 return dict(values)
-            self._say(f"{problem}\ne edit again   any other key: leave the row as it was")
-            if read_key() != "e":
+            question = f"{problem}\ne edit again   any other key: leave the row as it was"
+            if read_key(partial(self._say, question)) != "e":
                 return None
             text = again
 
@@ -125,8 +125,11 @@ def _parts(shown: Shown) -> Iterator[Text]:
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-def read_key() -> str:
-    """One key as it is pressed, in lower case; `q` at the end of the input, nothing for an arrow or another such key."""
+def read_key(ask: Callable[[], None]) -> str:
+    """One key as it is pressed, in lower case; `q` at the end of the input, nothing for an arrow or another such key.
+
+    `ask` prints the question, once single keys are read: what is pressed sooner would be taken as a line's.
+    """
     import termios
     import tty
 
@@ -135,6 +138,7 @@ def read_key() -> str:
     try:
         # What was typed already is not thrown away, as it would be by default.
         tty.setcbreak(place, termios.TCSADRAIN)
+        ask()
         key = os.read(place, 1).decode("utf-8", "replace")
         if key in INTERRUPT_CHARACTERS:
             return "q"
