@@ -605,3 +605,10 @@ def test_rows_reach_the_template_with_their_place(tmp_path: Path) -> None:
     (_, item), *_ = read_items(str(path), "prompt_completion", section)
     assert ChatTemplate(byte_level(), template="plain").encode(item).place == f"{path}:1"
     assert parse.__doc__
+
+
+def test_parts_of_a_long_document_go_to_the_tokenizer_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "DOCUMENT_CHARACTERS", 10)
+    parts = ["a" * 10, "b" * 10, "c" * 10, "d", "e" * 25, "f"]
+    assert list(template_module._together(parts)) == [parts[:2], parts[2:4], parts[4:5], parts[5:]]
+    assert list(template_module._together([])) == []
