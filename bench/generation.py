@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.tiny:
         base, vocabulary = tiny_base(), 512
     else:
-        from memory import VOCABULARY, make_base  # type: ignore[import-not-found, unused-ignore]  # beside this file
+        from bases import VOCABULARY, make_base  # type: ignore[import-not-found, unused-ignore]  # beside this file
 
         base, vocabulary = make_base(arguments.shape, arguments.storage, double_quantization=True), VOCABULARY
     device = next(base.parameters()).device

@@ -2,174 +2,101 @@
 
     python bench/memory.py --shape 8b --storage nf4 --tokens 2048 --precision bf16 --optimizer paged_adamw_8bit \
         --recompute all --offload [--method lora] [--steps 10] [--out bench/results/memory.csv]
+    python bench/memory.py --storage nf4 --rank 32 --tokens 80000 --limit-gib 23.4     does this context fit 24 GiB
+    python bench/memory.py --shape tiny --device cpu
 
-The steps go through onlay's own adapter, layout, loss, recomputation and optimizer; `torch.cuda.max_memory_allocated`
-over all of them is the peak.  Each call measures one configuration in a process of its own and appends a row.
-Speed and memory do not depend on the weights' values.
+The steps are those of onlay's own session (bench/step.py); `torch.cuda.max_memory_allocated` over all of them is the peak.
+Each call measures one configuration and appends a row.  Speed and memory do not depend on the weights' values.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
-import time
-from importlib.metadata import version
+import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from bases import SHAPES, VOCABULARY, make_base
+from step import Case, append_row, leave_folder, measure
 
-from onlay.data.pack import collate
-from onlay.model.adapter import attach
-from onlay.model.attention import choose_layout
-from onlay.model.quantize import QuantizedLinear
-from onlay.model.recompute import Recompute
-from onlay.recipe import Recipe, parse_recipe
-from onlay.training.loss import make_loss
-from onlay.training.optimizer import make_optimizer
-
-SHAPES = {  # layers, hidden, intermediate, query heads, key heads
-    "1b": (16, 2048, 8192, 32, 8),
-    "8b": (32, 4096, 14336, 32, 8),
-    "70b": (80, 8192, 28672, 64, 8),
-}
-VOCABULARY = 128256
+__all__ = ["VOCABULARY", "make_base"]
+"""bench/generation.py takes its random base from here."""
+SHOWN = ("shape", "storage", "method", "peak_gib", "tokens_per_second", "last_loss")
 
 
-def make_base(shape: str, storage: str, *, double_quantization: bool) -> nn.Module:
-    """A Llama with random frozen weights on the GPU; linear layers are quantized as soon as they are drawn."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    layers, hidden, intermediate, heads, key_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=131072, rope_theta=500000.0,
-        tie_word_embeddings=False, use_cache=False,
+def case_of(arguments: argparse.Namespace) -> Case:
+    """The first step is the warm-up."""
+    return Case(
+        shape=arguments.shape, device=arguments.device, storage=arguments.storage, compute=arguments.compute,
+        method=arguments.method, rank=arguments.rank, dropout=arguments.dropout, targets=arguments.targets,
+        precision=arguments.precision, optimizer=arguments.optimizer, recompute=arguments.recompute, offload=arguments.offload,
+        rows=arguments.rows, tokens=arguments.tokens, micro_tokens=arguments.micro_tokens, limit_gib=arguments.limit_gib,
+        steps=arguments.steps - 1, warmup=1,
     )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
-            weight = drawn.normal_(0.0, 0.02) if drawn.ndim == 2 else drawn.fill_(1.0)
-            if storage != "bf16" and isinstance(module, nn.Linear) and module is not head:
-                quantized = QuantizedLinear.from_linear(
-                    _holding(module, weight), storage=storage, double_quantization=double_quantization
-                )
-                model.set_submodule(name, quantized)
-                del module.weight  # the list of modules still holds the layer
-            else:
-                setattr(module, key, nn.Parameter(weight, requires_grad=False))
-    for module in model.modules():  # rotary frequencies are computed, not drawn
-        if type(module).__name__ == "LlamaRotaryEmbedding":
-            module.__init__(config=config, device="cuda")  # type: ignore[misc]
-    model.requires_grad_(False)
-    return model.eval()
 
 
-def _holding(linear: nn.Linear, weight: torch.Tensor) -> nn.Linear:
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    recipe = recipe_of(arguments)
-    device = torch.device("cuda")
-    began = time.perf_counter()
-    base = make_base(arguments.shape, arguments.storage, double_quantization=True)
-    made = time.perf_counter() - began
-    after_base = torch.cuda.memory_allocated()
-    model, _ = attach(base, recipe.adapter, seed=0)  # type: ignore[arg-type]
-    layout = choose_layout(base, packing="auto", device=device, compute_dtype=torch.bfloat16)  # type: ignore[arg-type]
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(trainable, recipe)
-    loss = make_loss(model, layout, device=device, compute_dtype=torch.bfloat16)
-    recompute = Recompute(base, offload=recipe.training.offload_activations)
-    if recipe.training.recompute != "none":
-        recompute.switch_on(None if recipe.training.recompute == "all" else int(recipe.training.recompute))
-    generator = np.random.default_rng(0)
-    rows = arguments.rows
-    examples = [
-        (generator.integers(0, VOCABULARY, arguments.tokens), np.ones(arguments.tokens, dtype=bool))
-        for _ in range(rows)
-    ]
-    batch = collate(examples, packed=layout.packed, pad_token_id=0)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
-    for _ in range(arguments.steps):
-        began = time.perf_counter()
-        value = loss(model, batch)
-        (value / batch.num_trained).backward()
-        torch.nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-4
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(value.detach()) / batch.num_trained)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    median = sorted(seconds[1:])[len(seconds[1:]) // 2]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def row_of(case: Case, result: dict[str, Any], *, commit: str) -> dict[str, Any]:
+    timed = list(zip(result["step_tokens"], result["step_seconds"], strict=True))[case.warmup :]
+    rate = median(tokens / seconds for tokens, seconds in timed)
+    notes = result["notes"]
     return {
-        "shape": arguments.shape, "storage": arguments.storage, "method": arguments.method, "rank": arguments.rank,
-        "precision": arguments.precision, "optimizer": arguments.optimizer, "recompute": arguments.recompute,
-        "offload": arguments.offload, "dropout": arguments.dropout, "rows": rows, "tokens_a_row": arguments.tokens,
-        "steps": arguments.steps, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-        "base_gib": round(after_base / 2**30, 3), "tokens_per_second": round(rows * arguments.tokens / median),
-        "first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4), "make_seconds": round(made, 1),
-        "attention": layout.attention, "loss": loss.note, "device": torch.cuda.get_device_name(), "torch": version("torch"),
-        "transformers": version("transformers"), "commit": arguments.commit or commit.stdout.strip(),
+        "shape": case.shape, "storage": case.storage, "method": case.method, "rank": case.rank, "precision": case.precision,
+        "optimizer": case.optimizer, "recompute": case.recompute, "offload": case.offload, "dropout": case.dropout,
+        "rows": case.rows, "tokens_a_row": case.tokens, "steps": case.all_steps, "peak_gib": round(result["peak_gib"], 3),
+        "base_gib": round(result["base_gib"], 3), "tokens_per_second": round(rate), "first_loss": round(result["losses"][0], 4),
+        "last_loss": round(result["losses"][-1], 4), "make_seconds": round(result["load_seconds"], 1),
+        "attention": notes["attention"], "loss": notes["cross_entropy"], "device": result["device"],
+        "torch": result["versions"]["torch"], "transformers": result["versions"]["transformers"], "commit": commit,
+        "compute": case.compute, "targets": case.targets, "micro_tokens": notes["micro_batch_tokens"],
+        "recomputed": notes["recompute"], "limit_gib": case.limit_gib,
     }  # fmt: skip
 
 
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    return parse_recipe({
-        "model": {"base": "random", "storage": arguments.storage}, "data": {"train": "random"},
-        "adapter": {"method": arguments.method, "rank": arguments.rank, "precision": arguments.precision, "dropout": arguments.dropout},
-        "training": {
-            "optimizer": arguments.optimizer, "offload_activations": arguments.offload,
-            "recompute": int(arguments.recompute) if arguments.recompute.isdigit() else arguments.recompute,
-        },
-    })  # fmt: skip
-
-
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--storage", choices=["bf16", "nf4", "int8"], default="nf4")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--storage", choices=["bf16", "nf4", "int8", "fp8"], default="nf4")
+    parser.add_argument(
+        "--compute", choices=["auto", "fp8"], default="auto", help="fp8: products of an NF4 base in FP8"
+    )
     parser.add_argument("--method", choices=["lora", "rslora", "dora", "lora+"], default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--targets", choices=["all-linear", "attention", "mlp", "qv"], default="all-linear")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--recompute", default="none", help="none, all, or the first k layers")
+    parser.add_argument("--recompute", default="none", help="auto, none, all, or the first k layers")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2048, help="in each row")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--micro-tokens", type=int, help="most tokens in one forward pass")
+    parser.add_argument("--limit-gib", type=float, help="the allocator gives no more than this")
+    parser.add_argument("--steps", type=int, default=10, help="the first of them is not timed")
     parser.add_argument("--commit", help="where git is not at hand")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    row = measure(arguments)
-    print(
-        {key: row[key] for key in ("shape", "storage", "method", "peak_gib", "tokens_per_second", "last_loss")},
-        flush=True,
-    )
+    arguments = parser.parse_args(words)
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2, as the first is not timed")
+    return arguments
+
+
+def main() -> None:
+    from onlay.errors import OnlayError
+
+    arguments = parse()
+    leave_folder()
+    case = case_of(arguments)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        row = row_of(case, measure(case), commit=arguments.commit or git.stdout.strip())
+    except OnlayError as error:
+        sys.exit(f"{error.problem}\n{error.remedy}")
+    print({key: row[key] for key in SHOWN}, flush=True)
     if arguments.out:
-        new = not arguments.out.exists()
-        with arguments.out.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(arguments.out, row)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from onlay.hardware import Hardware, find_hardware_light, free_disk_bytes, quick_import
 from onlay.ledger import home
+from onlay.model.storage import FP8_CAPABILITY
 
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
 OPTIONAL = {
@@ -115,6 +116,7 @@ def _torch(hardware: Hardware) -> list[Check]:
     for index in range(torch.cuda.device_count() if usable else 0):
         found = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if found.major >= 8 else "no bf16: computes in fp16 with loss scaling"
+        bf16 += " and FP8" if (found.major, found.minor) >= FP8_CAPABILITY else ""
         words = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute {found.major}.{found.minor}, {bf16}"
         checks.append(Check(name=f"GPU {index}", found=words, ok=True))
     if not usable:

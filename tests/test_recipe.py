@@ -131,6 +131,13 @@ def test_the_method_chooses_the_fields() -> None:
     [
         ({"model": {"storage": "nf4"}, "adapter": {"method": "full"}}, "quantized weights have no gradient"),
         ({"model": {"storage": "int8"}, "adapter": {"method": "pissa"}}, "int8 has rounded"),
+        ({"model": {"storage": "fp8"}, "adapter": {"method": "full"}}, "fp8 cannot be trained in full"),
+        ({"model": {"storage": "fp8"}, "adapter": {"method": "pissa"}}, "fp8 has rounded"),
+        ({"model": {"storage": "fp8"}, "adapter": {"method": "loftq"}}, "model.storage is fp8"),
+        ({"model": {"storage": "fp8", "double_quantization": False}}, "nf4 only, not fp8"),
+        ({"model": {"compute": "fp8"}}, "kept in nf4 or fp8, but model.storage is auto"),
+        ({"model": {"compute": "fp8", "storage": "bf16"}}, "kept in nf4 or fp8, but model.storage is bf16"),
+        ({"model": {"compute": "fp8", "storage": "int8"}}, "kept in nf4 or fp8, but model.storage is int8"),
         ({"adapter": {"method": "loftq"}}, "model.storage is auto"),
         ({"model": {"storage": "int8"}, "adapter": {"method": "loftq"}}, "model.storage is int8"),
         ({"model": {"double_quantization": False}}, "read with model.storage = nf4 only"),

@@ -19,7 +19,7 @@ Sources.  The blocks are those of FlashAttention (arXiv:2205.14135) without its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,49 +62,59 @@ def _pieces(groups: int, shared: int, tokens: int) -> Iterator[tuple[slice, int,
             yield slice(first, min(first + step, groups)), start, end
 
 
-class _BlockAttention(torch.autograd.Function):
-    """Products whose result is only D wide are computed transposed, (D, ...) from (D, ...): a CPU's matrix product is
-    three times as fast with a wide result as with a narrow one."""
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`causal_attention` by itself, and what `attend_in_blocks_backward` needs of it.
 
+    Products whose result is only D wide are computed transposed, (D, ...) from (D, ...): a CPU's matrix product is
+    three times as fast with a wide result as with a narrow one.
+    """
+    groups, shared, tokens, width = query.shape
+    query, key, value = query * scale, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+    out = query.new_empty((groups, value.shape[1], shared, tokens))
+    kept: list[Tensor] = []
+    for which, start, end in _pieces(groups, shared, tokens):
+        size = end - start
+        rows = query[which, :, start:end].reshape(-1, shared * size, width)
+        # The mask is what the product is added to: a pass over the scores less than filling them.
+        scores = torch.baddbmm(_mask(query, shared, start, end), rows, key[which, :, :end])
+        probabilities = torch.softmax(scores, -1, out=scores)
+        found = torch.bmm(value[which, :, :end], probabilities.transpose(1, 2))
+        out[which, :, :, start:end] = found.unflatten(2, (shared, size))
+        kept.append(probabilities)
+    return out.permute(0, 2, 3, 1), (query, key, value, *kept)
+
+
+def attend_in_blocks_backward(grad: Tensor, kept: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    query, key, value, *pieces = kept  # the query holds the scale already, so dK needs none
+    groups, shared, tokens, _ = query.shape
+    query, grad = query.permute(0, 3, 1, 2).contiguous(), grad.permute(0, 3, 1, 2).contiguous()
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for (which, start, end), probabilities in zip(_pieces(groups, shared, tokens), pieces, strict=True):
+        size = end - start
+        grad_out = grad[which, ..., start:end].flatten(2)
+        grad_value[which, :, :end] += torch.bmm(grad_out, probabilities)
+        grad_scores = torch.ops.aten._softmax_backward_data(
+            torch.bmm(grad_out.transpose(1, 2), value[which, :, :end]), probabilities, -1, probabilities.dtype
+        )
+        grad_key[which, :, :end] += torch.bmm(query[which, ..., start:end].flatten(2), grad_scores)
+        found = torch.bmm(key[which, :, :end], grad_scores.transpose(1, 2))
+        grad_query[which, ..., start:end] = found.unflatten(2, (shared, size))
+    return grad_query.mul_(scale).permute(0, 2, 3, 1), grad_key.transpose(1, 2), grad_value.transpose(1, 2)
+
+
+class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        groups, shared, tokens, width = query.shape
-        query, key, value = query * scale, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
-        out = query.new_empty((groups, value.shape[1], shared, tokens))
-        kept: list[Tensor] = []
-        for which, start, end in _pieces(groups, shared, tokens):
-            size = end - start
-            rows = query[which, :, start:end].reshape(-1, shared * size, width)
-            # The mask is what the product is added to: a pass over the scores less than filling them.
-            scores = torch.baddbmm(_mask(query, shared, start, end), rows, key[which, :, :end])
-            probabilities = torch.softmax(scores, -1, out=scores)
-            found = torch.bmm(value[which, :, :end], probabilities.transpose(1, 2))
-            out[which, :, :, start:end] = found.unflatten(2, (shared, size))
-            kept.append(probabilities)
-        ctx.save_for_backward(query, key, value, *kept)
+        out, kept = attend_in_blocks(query, key, value, scale)
+        ctx.save_for_backward(*kept)
         ctx.scale = scale
-        return out.permute(0, 2, 3, 1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, *kept = ctx.saved_tensors  # the query holds the scale already, so dK needs none
-        groups, shared, tokens, _ = query.shape
-        query, grad = query.permute(0, 3, 1, 2).contiguous(), grad.permute(0, 3, 1, 2).contiguous()
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (which, start, end), probabilities in zip(_pieces(groups, shared, tokens), kept, strict=True):
-            size = end - start
-            grad_out = grad[which, ..., start:end].flatten(2)
-            grad_value[which, :, :end] += torch.bmm(grad_out, probabilities)
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(grad_out.transpose(1, 2), value[which, :, :end]), probabilities, -1, probabilities.dtype
-            )
-            grad_key[which, :, :end] += torch.bmm(query[which, ..., start:end].flatten(2), grad_scores)
-            found = torch.bmm(key[which, :, :end], grad_scores.transpose(1, 2))
-            grad_query[which, ..., start:end] = found.unflatten(2, (shared, size))
-        return (
-            grad_query.mul_(ctx.scale).permute(0, 2, 3, 1), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None,
-        )  # fmt: skip
+        return *attend_in_blocks_backward(grad, ctx.saved_tensors, ctx.scale), None
 
 
 def _mask(like: Tensor, shared: int, start: int, end: int) -> Tensor:

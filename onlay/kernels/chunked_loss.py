@@ -8,16 +8,18 @@ the same memory.
     forward    Z = H W^T + b,  loss = sum_n (logsumexp(Z_n) - Z_n[t_n]);  at once  G = (softmax(Z) - onehot(t)) W
     backward   dH = g G   for the gradient g of the loss, a number
 
-Layout.  hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) int64, each one a class -> a number, nats.
+Layout.  hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) int64, each one a class -> a number, nats.  A chunk's
+logits become their own gradient where they lie: onlay/kernels/softmax_gradient.py.
 Precision.  Both products in the dtype of the input; log-softmax, loss and g G in float32 (float64 for float64); softmax -
 onehot is rounded to the dtype of the input before its product, as autograd rounds the gradient of logits, and G after it.
 What the frozen base lets us skip.  The gradient of W, (V, D): with it this would not be one pass of small memory.
 Kept for the backward.  G, as large as H.  Without a gradient to come, nothing, and G is not computed.
-Costs.  The same three products as the ordinary path; W is read once a chunk instead of once.
+Costs.  Two products of the ordinary path's size (the third would be the gradient of W); W is read twice a chunk, and the logits
+are read three times and written twice.
 When it is *not* used.  Where the head trains (full tuning), is adapted, or is not a plain linear layer; where the model does
 something to its logits, such as capping or scaling them: training/loss.py asks the model itself.
-Sources.  The gradient in the forward is that of Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), here in plain
-torch; not keeping logits is also the point of Cut Cross-Entropy (arXiv:2411.09009).
+Sources.  The gradient in the forward is that of Liger Kernel's fused linear cross-entropy (arXiv:2410.10989); not keeping
+logits is also the point of Cut Cross-Entropy (arXiv:2411.09009).
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_BYTES = 128 * 2**20
-"""Logits of one chunk in float32; about twice this is alive at a time.  With 128,000 classes that is 260 tokens: with fewer
-of them a GPU waits for W (on an H200 half as many take 13 % longer, twice as many 14 % less)."""
+from onlay.kernels.dispatch import runs_fast
+from onlay.kernels.softmax_gradient import softmax_gradient_
+
+CHUNK_BYTES = 512 * 2**20
+"""Of a chunk's logits, with what is made of them.  In 16 bit, with the fast kernel, that is 2,048 tokens of 128,000 classes: with
+fewer of them a GPU waits for W."""
+EVEN = 128
+"""Large chunks are a multiple of so many rows, as the tiles of a GPU's products are."""
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -55,31 +62,36 @@ def _wide(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _rows(width: int, dtype: torch.dtype) -> int:
-    """Rows of `width` numbers in one chunk."""
-    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
+def _rows(row_bytes: int) -> int:
+    """Rows of a chunk."""
+    rows = max(1, CHUNK_BYTES // row_bytes)
+    return rows - rows % EVEN if rows > EVEN else rows
+
+
+def _logit_bytes(hidden: Tensor) -> int:
+    """Alive at a time for one logit: itself, and in the reference its widened form and that one's log-softmax."""
+    if runs_fast(hidden):
+        return hidden.dtype.itemsize
+    wide = _wide(hidden)
+    return hidden.dtype.itemsize + wide.itemsize * (1 if wide == hidden.dtype else 2)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grad: Tensor | None) -> Tensor:
     """The loss; the gradient of `hidden` is written into `grad` (N, D) where one is given."""
-    wide = _wide(hidden)
-    nats = hidden.new_empty(hidden.shape[0], dtype=wide)
-    size = _rows(weight.shape[0], wide)
+    nats = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden))
+    size = _rows(weight.shape[0] * _logit_bytes(hidden))
     for start in range(0, hidden.shape[0], size):
         some = slice(start, start + size)
-        nats[some] = _chunk(hidden[some], weight, bias, targets[some, None], None if grad is None else grad[some])
+        nats[some] = _chunk(hidden[some], weight, bias, targets[some], None if grad is None else grad[some])
     return nats.sum()
 
 
 def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grad: Tensor | None) -> Tensor:
-    """Nats (n,) of targets (n, 1).  A function of its own, so that all of it is gone when the next chunk begins."""
-    # Widened first, so that the 16-bit logits are gone: log_softmax by itself would hold three forms at a time.
-    logs = torch.log_softmax(functional.linear(hidden, weight, bias).to(_wide(hidden)), -1)
-    nats = -logs.gather(1, targets)[:, 0]
+    """Nats (n,) of targets (n,).  A function of its own, so that all of it is gone when the next chunk begins."""
+    logits = functional.linear(hidden, weight, bias)
+    nats = softmax_gradient_(logits, targets, gradient=grad is not None)
     if grad is not None:
-        chances = logs.exp_()
-        chances.scatter_add_(1, targets, chances.new_full((1, 1), -1.0).expand_as(targets))
-        torch.mm(chances.to(hidden.dtype), weight, out=grad)
+        torch.mm(logits, weight, out=grad)
     return nats
 
 
@@ -99,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return grad * grad_nats, None, None, None
         # Multiplied in float32: in the dtype of `grad` the number itself would be rounded, and with it the whole gradient.
         out = torch.empty_like(grad)
-        size = _rows(grad.shape[1], grad_nats.dtype)
+        size = _rows(grad.shape[1] * grad_nats.dtype.itemsize)
         for start in range(0, grad.shape[0], size):
             some = slice(start, start + size)
             out[some] = grad[some].to(grad_nats.dtype) * grad_nats

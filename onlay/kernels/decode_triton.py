@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from onlay.kernels.tile import add_product, parts
 from onlay.kernels.updates import MOST_ROWS, HeadNorm, Update
 
 __all__ = ["TritonError", "add_residual", "rotate_and_store", "swiglu"]
@@ -29,15 +30,8 @@ def _add_update(
     z, rows, live, columns, within, h, h_stride, b, width, S: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """z (rows, columns) float32 + h B, rounded to the dtype of B; z itself with S = 0."""
+    z = add_product(z, rows, live, columns, within, h, h_stride, b, width, S, BLOCK)
     if S > 0:
-        for start in range(0, S, BLOCK):
-            inner = start + tl.arange(0, BLOCK)
-            there = live[:, None] & (inner < S)[None, :]
-            hidden = tl.load(h + rows[:, None] * h_stride + inner[None, :], mask=there, other=0.0)
-            factor = tl.load(
-                b + inner[:, None] * width + columns[None, :], mask=(inner < S)[:, None] & within[None, :], other=0.0
-            )
-            z = tl.dot(hidden, factor, z, input_precision="ieee")
         z = z.to(b.dtype.element_ty).to(tl.float32)
     return z
 
@@ -138,14 +132,6 @@ def _add_residual(
     tl.store(out + at, z.to(out.dtype.element_ty), mask=there)
 
 
-def _parts(y: Tensor, update: Update | None) -> tuple[Tensor, int, Tensor, int]:
-    """hidden, its row stride, B, S; without an update S is 0 and nothing is read."""
-    if update is None:
-        return y, 0, y, 0
-    assert update.hidden.stride(1) == 1 and update.b.is_contiguous()
-    return update.hidden, update.hidden.stride(0), update.b, update.b.shape[0]
-
-
 def _block(rows: int) -> int:
     return min(MOST_ROWS, max(16, 1 << (rows - 1).bit_length()))
 
@@ -167,8 +153,8 @@ def rotate_and_store(
     rows, groups, columns, width = keys.shape
     heads = q.shape[1] // width
     out = torch.empty(rows, heads, width, dtype=q.dtype, device=q.device)
-    parts = [_parts(y, update) for y, update in zip((q, k, v), updates, strict=True)]
-    (h_q, st_q, b_q, s_q), (h_k, st_k, b_k, s_k), (h_v, st_v, b_v, s_v) = parts
+    given = [parts(y, update) for y, update in zip((q, k, v), updates, strict=True)]
+    (h_q, st_q, b_q, s_q), (h_k, st_k, b_k, s_k), (h_v, st_v, b_v, s_v) = given
     block = _block(rows)
     launch: Any = _rotate_and_store[(heads + 2 * groups, triton.cdiv(rows, block))]
     launch(
@@ -186,8 +172,8 @@ def swiglu(gate: Tensor, up: Tensor, *, updates: tuple[Update | None, Update | N
     """As in onlay/kernels/decode.py."""
     rows, width = gate.shape
     out = torch.empty_like(gate)
-    parts = [_parts(y, update) for y, update in zip((gate, up), updates, strict=True)]
-    (h_g, st_g, b_g, s_g), (h_u, st_u, b_u, s_u) = parts
+    given = [parts(y, update) for y, update in zip((gate, up), updates, strict=True)]
+    (h_g, st_g, b_g, s_g), (h_u, st_u, b_u, s_u) = given
     block = _block(rows)
     launch: Any = _swiglu[(triton.cdiv(width, BLOCK_COLUMNS), triton.cdiv(rows, block))]
     launch(
@@ -201,7 +187,7 @@ def add_residual(x: Tensor, y: Tensor, *, update: Update) -> Tensor:
     """As in onlay/kernels/decode.py."""
     rows, width = y.shape
     out = torch.empty_like(y)
-    h, stride, b, ranks = _parts(y, update)
+    h, stride, b, ranks = parts(y, update)
     block = _block(rows)
     launch: Any = _add_residual[(triton.cdiv(width, BLOCK_COLUMNS), triton.cdiv(rows, block))]
     launch(

@@ -20,6 +20,7 @@ from onlay.errors import BaseModelError, OutputError, RecipeError
 from onlay.model.compatibility import check, read_adapter
 from onlay.model.initialize import Factors, Held, begin_factors, held_halves, put_loftq, put_pissa
 from onlay.model.quantize import QuantizedLinear
+from onlay.model.targets import is_wanted
 from onlay.recipe import LoftqAdapter, LoraAdapter, PissaAdapter, TargetPreset
 from onlay.records import ModelFacts, write_whole
 
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
-
-ATTENTION_PARENT = re.compile(
-    r"(^|[._])(attn|attention|self_attn|self_attention|mixer|temporal_block|mamba)([._]|$)|attention", re.I
-)
-QUERY_VALUE = re.compile(r"^(q_proj|v_proj|query|value|wq|wv|q_lin|v_lin|q|v)$", re.I)
-FUSED_QKV = re.compile(r"^(query_key_value|qkv_proj|qkv|c_attn|wqkv|attn_qkv)$", re.I)
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """PEFT refuses `out_proj` and `conv1d` of these: their scan reads the weights without calling the module."""
@@ -86,16 +81,6 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> Targets:
             f"adapter.targets = {wanted} finds no module in this base.", f"Name them: its linear layers are {leaves}."
         )
     return Targets(modules=tuple(chosen), parameters=tuple(chosen_experts))
-
-
-def is_wanted(name: str, wanted: str | list[str]) -> bool:
-    """Whether a preset or a list of names means the linear layer of this full name."""
-    if isinstance(wanted, list):
-        return any(name == entry or name.endswith("." + entry) for entry in wanted)
-    in_attention = bool(ATTENTION_PARENT.search(name.rpartition(".")[0]))
-    if wanted == "qv":
-        return in_attention and bool(QUERY_VALUE.match(_leaf(name)) or FUSED_QKV.match(_leaf(name)))
-    return wanted == "all-linear" or in_attention == (wanted == "attention")
 
 
 def _leaf(name: str) -> str:

@@ -13,6 +13,8 @@ runs through SDPA.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 PACKED_ATTENTION = "onlay_packed"
 BLOCK_ATTENTION = "onlay_blocks"
+_WATCHED = "onlay_watched"
+_EXTRAS = ("softcap", "s_aux", "position_bias")
+"""What an attention may ask of its kernel beyond the usual."""
 _KERNEL_GROUPS_HEADS = TorchVersion(torch.__version__) >= "2.13"
 """Before torch 2.13 the kernel wants as many key heads as query heads: they are repeated then."""
 
@@ -134,9 +139,39 @@ def block_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+@contextmanager
+def watch_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, dict[str, Any]]]:
+    """While it is on: what each attention module tells its kernel, by module: scaling, sliding_window, and extras (names)."""
+    from transformers import AttentionInterface
+
+    told: dict[nn.Module, dict[str, Any]] = {}
+    native = model.config._attn_implementation
+    own = {PACKED_ATTENTION: packed_attention, BLOCK_ATTENTION: block_attention}.get(native)
+    inner: Any = own if own is not None else AttentionInterface().get(native)
+
+    def watched(module: nn.Module, query: Tensor, *args: Any, **given: Any) -> Any:
+        extras = [name for name in _EXTRAS if given.get(name) is not None]
+        scaling = given.get("scaling")
+        told[module] = {
+            "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "sliding_window": given.get("sliding_window"), "extras": extras,
+        }  # fmt: skip
+        return inner(module, query, *args, **given)
+
+    if inner is None:  # Eager attention is a function of each model's own file.
+        yield told
+        return
+    AttentionInterface.register(_WATCHED, watched)
+    model.set_attn_implementation(_WATCHED)  # type: ignore[operator]
+    try:
+        yield told
+    finally:
+        model.set_attn_implementation(native)  # type: ignore[operator]
+
+
 def _refuse_extras(module: nn.Module, attention_mask: Tensor | None, dropout: float, extras: dict[str, Any]) -> None:
     """Raises NotImplementedError for what neither of the attentions above has."""
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if extras.get(name) is not None]
+    refused = [name for name in _EXTRAS if extras.get(name) is not None]
     if refused or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"it does not have {', '.join(refused) or 'dropout, masks or bidirectionality'}")
 

@@ -84,7 +84,7 @@ def read_adapter(folder: Path) -> AdapterFacts:
 def check(folder: Path, facts: ModelFacts, *, storage: str | None = None) -> list[str]:
     """Refuses a base that the adapter was not trained on; returns in words what could not be checked or is not as it was.
 
-    `storage` is how the base is kept (bf16: not quantized, nf4, int8); None leaves that out.
+    `storage` is how the base is kept (bf16: not quantized, nf4, int8, fp8); None leaves that out.
     Raises BaseModelError naming what differs and the right base, and OutputError for a folder that is no adapter.
     """
     adapter = read_adapter(folder)

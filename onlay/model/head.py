@@ -3,7 +3,7 @@
     h_TD = body(tokens);  logits_K = W_KD h_D of the last token
 
 The body is the base without its language-model head and gets no gradient, so a step keeps no activation and the base
-may be stored in any way: 16 bit, nf4, int8.  Only W (labels K, hidden size D) trains.  It is what transformers'
+may be stored in any way: 16 bit, nf4, int8, fp8.  Only W (labels K, hidden size D) trains.  It is what transformers'
 `...ForSequenceClassification` calls `score.weight`: for the same base and weight the logits are the same.
 
 On disk: head.safetensors (score.weight) and head.json (labels, hidden size, the base's identity and storage).
@@ -108,7 +108,7 @@ class SavedHead:
     labels: list[str]
     """In the order of the head's rows."""
     storage: str
-    """How the base was kept (bf16: not quantized, nf4, int8): the head was trained on that rounding of it."""
+    """How the base was kept (bf16: not quantized, nf4, int8, fp8): the head was trained on that rounding of it."""
 
 
 def save_head(

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from onlay.kernels.fp8 import fits
 from onlay.model.quantize import OnQuantized, QuantizedLinear
 from onlay.model.storage import bytes_per_weight
 
@@ -33,9 +34,12 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What transformers calls a quantization config, and what was found while loading with it."""
 
-    def __init__(self, storage: str, *, double_quantization: bool, on_quantized: OnQuantized | None) -> None:
+    def __init__(
+        self, storage: str, *, double_quantization: bool, fp8_products: bool, on_quantized: OnQuantized | None
+    ) -> None:  # fmt: skip
         self.quant_method = METHOD  # type: ignore[assignment]
         self.storage, self.double_quantization, self.on_quantized = storage, double_quantization, on_quantized
+        self.fp8_products = fp8_products
         self.error: BaseException | None = None
         """The first that was raised while packing; transformers turns it into a page of text."""
         self.mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
@@ -46,12 +50,16 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self
 
 
-def storage_config(storage: str, *, double_quantization: bool, on_quantized: OnQuantized | None) -> StorageConfig:
+def storage_config(
+    storage: str, *, double_quantization: bool, fp8_products: bool = False, on_quantized: OnQuantized | None
+) -> StorageConfig:  # fmt: skip
     """What to hand to `from_pretrained` as quantization_config."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(StorageConfig)
         register_quantizer(METHOD)(StorageQuantizer)
-    return StorageConfig(storage, double_quantization=double_quantization, on_quantized=on_quantized)
+    return StorageConfig(
+        storage, double_quantization=double_quantization, fp8_products=fp8_products, on_quantized=on_quantized
+    )  # fmt: skip
 
 
 class StorageQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -61,12 +69,13 @@ class StorageQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name in quantizable(model):
+        for name in quantizable(model, config.storage):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             layer = QuantizedLinear(
                 linear.in_features, linear.out_features, linear.bias is not None,
                 storage=config.storage, double_quantization=config.double_quantization, dtype=linear.weight.dtype,
+                fp8_products=config.fp8_products,
             )  # fmt: skip
             model.set_submodule(name, layer)
 
@@ -154,11 +163,12 @@ class _Keeping:
         self._config.error = error
 
 
-def quantizable(model: PreTrainedModel) -> list[str]:
+def quantizable(model: PreTrainedModel, storage: str) -> list[str]:
     """Names of the linear layers that can be stored in fewer bits.
 
     Not among them: the output head (and what it is tied to), routers, layers that the architecture wants in float32, and
-    layers whose weight the model's code reads itself, as Mamba's does, instead of calling them.
+    layers whose weight the model's code reads itself, as Mamba's does, instead of calling them; and for fp8 layers whose sizes
+    are no multiples of 16, which FP8 products do not take.
     """
     head = model.get_output_embeddings()
     exact = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
@@ -166,6 +176,8 @@ def quantizable(model: PreTrainedModel) -> list[str]:
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         if type(module) is not nn.Linear or module is head or leaf in _ROUTERS:
+            continue
+        if storage == "fp8" and not fits(module.out_features, module.in_features):
             continue
         if f"{name}.weight" in model.all_tied_weights_keys or any(re.search(rf"\b{part}\b", name) for part in exact):
             continue

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from onlay.errors import BaseModelError
 from onlay.hardware import Hardware, quick_import
-from onlay.model.storage import NOT_QUANTIZED, choose_storage, describe_placement, needs_spreading, spread_memory
+from onlay.model.storage import (
+    NOT_QUANTIZED,
+    choose_storage,
+    describe_placement,
+    multiplies_in_fp8,
+    needs_spreading,
+    refuse_fp8,
+    spread_memory,
+)
 from onlay.model.weight_files import read_tensors
 from onlay.recipe import ModelSection
 from onlay.records import ModelFacts
@@ -47,14 +55,15 @@ class Base:
     attention: str
     """transformers' name of the attention implementation in use."""
     storage: str = NOT_QUANTIZED
-    """bf16 (not quantized), nf4 or int8."""
+    """bf16 (not quantized), nf4, int8 or fp8."""
     notes: dict[str, str] = field(default_factory=dict)
-    """For the Run.  storage: why this one; storage_16_bit: what is not quantized; placement: where parts went, if spread."""
+    """For the Run.  storage: why this one; storage_16_bit: what is not quantized; products: where they are in FP8;
+    placement: where parts went, if spread."""
 
 
 def choose_compute(section: ModelSection, hardware: Hardware) -> str:
-    """bf16, fp16 or fp32: as asked, else what the devices are good at."""
-    if section.compute != "auto":
+    """bf16, fp16 or fp32: as asked, else what the devices are good at.  With fp8 it is of all but the products."""
+    if section.compute not in ("auto", "fp8"):
         return section.compute
     if not hardware.has_cuda:
         return "fp32"
@@ -85,7 +94,7 @@ def load_base(
     that was quantized while its weight (O, I), on the device, in the compute dtype, is still there.
     `spread`, for bases that nothing is trained on: one too large for the first GPU is spread over all GPUs and the host.
     Raises BaseModelError when weights and architecture do not belong together or memory is too small, SetupError when
-    bitsandbytes is missing for nf4.
+    bitsandbytes is missing for nf4 or a GPU has no FP8 for fp8.
     """
     with quick_import():
         import torch
@@ -95,6 +104,8 @@ def load_base(
     storage, reason = choose_storage(
         facts, section, hardware, trains_weights=trains_weights, needs_16_bit=needs_16_bit
     )  # fmt: skip
+    if place.type == "cuda":
+        refuse_fp8(section, storage, hardware)
     spread = spread and device is None and needs_spreading(facts, section, storage, hardware)
     job = _Job(
         facts=facts, section=section, attention=attention, storage=storage, place=place, spread=spread,
@@ -123,6 +134,8 @@ def load_base(
     notes = {"storage": f"{storage}: {reason}"}
     if storage != NOT_QUANTIZED:
         notes["storage_16_bit"] = _describe_rest(model)
+    if multiplies_in_fp8(section, storage, on_gpu=place.type == "cuda"):
+        notes["products"] = _describe_products(model)
     if spread:
         # Set where it went to several places.
         notes["placement"] = describe_placement(vars(model).get("hf_device_map", {"": str(model.device)}))
@@ -172,13 +185,16 @@ def _read(job: _Job, dtype: torch.dtype) -> Any:
         options["device_map"] = {"": job.place}
     packing = None
     if job.storage != NOT_QUANTIZED:
-        if not quantizable(skeleton):
+        if not quantizable(skeleton, job.storage):
             raise BaseModelError(
                 f"{job.facts.name} has no linear layer that can be quantized (model.storage = {job.storage}).",
                 "Set model.storage to bf16.",
             )
         packing = options["quantization_config"] = storage_config(
-            job.storage, double_quantization=job.section.double_quantization, on_quantized=job.on_quantized
+            job.storage,
+            double_quantization=job.section.double_quantization,
+            fp8_products=multiplies_in_fp8(job.section, job.storage, on_gpu=job.place.type == "cuda"),
+            on_quantized=job.on_quantized,
         )
     folder = Path(job.facts.path)
     tensors = reading_order(read_tensors(folder, job.facts.name), by_target=packing is not None)
@@ -224,6 +240,20 @@ def _describe_rest(model: nn.Module) -> str:
         kinds[kind] = kinds.get(kind, 0) + parameter.numel()
     every = packed + sum(kinds.values())
     return ", ".join(f"{kind} ({count / every:.1%} of the weights)" for kind, count in kinds.items())
+
+
+def _describe_products(model: nn.Module) -> str:
+    """Which products are in FP8, and what they cost where there is no FP8."""
+    from onlay.model.quantize import QuantizedLinear
+
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    others = sum(not layer.fp8_products for layer in layers)
+    words = f"{len(layers) - others} layers multiply in FP8 (e4m3, a scale for each row)"
+    if others:
+        words += f", {others} in the precision of the rest: their sizes are no multiples of 16"
+    if any(layer.weight.device.type != "cuda" for layer in layers):
+        words += "; a CPU has no FP8 and computes the same numbers wide, which is slow"
+    return words
 
 
 def _remedy(error: Exception, attention: str | None) -> str:

@@ -16,7 +16,7 @@ Sources: gradient checkpointing (arXiv:1604.06174); torch.utils.checkpoint; torc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onlay.errors import RecipeError
 from onlay.model.host_embedding import HostEmbedding
+from onlay.model.keep import WHOLE, Block, apply_level, describe
 
 LEAST_BYTES = 2**20
 """Smaller tensors stay: a copy takes its time however small it is."""
@@ -55,9 +56,15 @@ class Recompute:
     """Recomputation in one base; everything can be put back with `switch_off`.  Steps aside without a gradient to come, and
     in evaluation mode."""
 
-    def __init__(self, model: nn.Module, *, offload: bool = False) -> None:
-        """`offload`: what recomputed layers keep goes to host memory; tensors on a CPU stay where they are."""
+    def __init__(
+        self, model: nn.Module, *, offload: bool = False, blocks: Mapping[nn.Module, Sequence[Block]] | None = None
+    ) -> None:
+        """`offload`: what recomputed layers keep goes to host memory; tensors on a CPU stay where they are.
+        `blocks`: the fused blocks of layers, which can keep less without being recomputed whole."""
         self.layers = find_layers(model)
+        self._blocks = blocks or {}
+        self.levels: list[str] = []
+        """Of each layer (onlay/model/keep.py); empty while nothing is recomputed."""
         self._architecture = type(model).__name__
         self._offload = Offload() if offload else None
         self._embedding = HostEmbedding(model) if offload else None
@@ -65,23 +72,18 @@ class Recompute:
 
     @property
     def count(self) -> int:
-        """Layers that are recomputed."""
+        """Layers that are recomputed whole."""
         return len(self._before)
 
     @property
     def note(self) -> str:
         """In words, for the Run."""
-        if not self.count:
-            return "no layer"
-        which = (
-            f"all {self.count}" if self.count == len(self.layers) else f"the first {self.count} of {len(self.layers)}"
-        )
-        inputs = ", their inputs in host memory until then" if self._offload else ""
+        inputs = ", their inputs in host memory until then" if self.count and self._offload else ""
         embedding = ", the input embedding in host memory" if self._embedding and self._embedding.is_out else ""
-        return f"{which} layers{inputs}{embedding}"
+        return f"{describe(self.levels)}{inputs}{embedding}"
 
     def switch_on(self, count: int | None = None) -> None:
-        """The first `count` layers, or all, from the next forward on.  Raises RecipeError where there are no such layers."""
+        """The first `count` layers whole, or all, from the next forward on.  Raises RecipeError where there are no such layers."""
         if not self.layers:
             raise RecipeError(
                 f"training.recompute: the layers of {self._architecture} are not found in its code.",
@@ -92,13 +94,33 @@ class Recompute:
                 f"training.recompute = {count}, but this base has {len(self.layers)} layers.",
                 f"Set it to all, or to at most {len(self.layers)}.",
             )
+        count = len(self.layers) if count is None else count
+        self.set_levels(["layer"] * count + ["none"] * (len(self.layers) - count))
+
+    def set_levels(self, levels: Sequence[str]) -> None:
+        """A level for each layer, from the next forward on."""
         self.switch_off()
         if self._embedding is not None:
             self._embedding.move_out()
-        for layer in self.layers[:count]:
-            # A forward of this instance's own is there where Accelerate spreads the base over devices.
-            self._before[layer] = vars(layer).get("forward")
-            layer.forward = partial(self._forward, layer, layer.forward)  # type: ignore[method-assign]
+        self.levels = list(levels)
+        for layer, level in zip(self.layers, levels, strict=True):
+            apply_level(self._blocks.get(layer, ()), level)
+            if level in WHOLE:
+                # A forward of this instance's own is there on the fast path, and where Accelerate spreads the base over devices.
+                self._before[layer] = vars(layer).get("forward")
+                layer.forward = partial(self._forward, layer, layer.forward)  # type: ignore[method-assign]
+
+    def save_more(self) -> bool:
+        """All layers one level further; False when there is none."""
+        if not self.layers:
+            return False
+        if set(self.levels) <= {"none", "mlp", "blocks"}:
+            self.switch_on()
+            return True
+        if "tiles" not in self.levels and self._blocks:
+            self.set_levels(["tiles"] * len(self.layers))
+            return True
+        return False
 
     def switch_off(self) -> None:
         for layer, before in self._before.items():
@@ -107,6 +129,9 @@ class Recompute:
             else:
                 layer.forward = before
         self._before.clear()
+        for blocks in self._blocks.values():
+            apply_level(blocks, "none")
+        self.levels = []
         if self._embedding is not None:
             self._embedding.put_back()
 

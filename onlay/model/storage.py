@@ -1,4 +1,4 @@
-"""How a frozen base is kept (not quantized, nf4 or int8), whether it fits, and where its parts went; without torch."""
+"""How a frozen base is kept (not quantized, nf4, int8 or fp8), whether it fits, and where its parts went; without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from math import prod
 
+from onlay.errors import SetupError
 from onlay.hardware import Hardware
 from onlay.recipe import ModelSection
 from onlay.records import ModelFacts
@@ -17,12 +18,16 @@ adapter and optimizer, activations, CUDA itself."""
 SPREAD_SHARE = 0.9
 """Share of a GPU's memory, and of the host's, that a base may take where nothing is trained; beyond it, it is spread."""
 NOT_QUANTIZED = "bf16"
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on a GPU multiplies in FP8: Ada (8.9), Hopper (9.0) and later."""
+FP8_STEP = 16
+"""Both sizes of a layer must be multiples of it to be multiplied in FP8 (onlay/kernels/fp8.py)."""
 
 
 def choose_storage(
     facts: ModelFacts, section: ModelSection, hardware: Hardware, *, trains_weights: bool = False, needs_16_bit: bool = False
 ) -> tuple[str, str]:  # fmt: skip
-    """bf16 (not quantized), nf4 or int8, and the reason in words.
+    """bf16 (not quantized), nf4, int8 or fp8, and the reason in words.
 
     `auto` is bf16 unless 2 bytes a parameter (4 with compute fp32) pass BASE_SHARE of the smallest GPU, the weights are
     neither trained nor needed as they are, and bitsandbytes is installed: then it is nf4.
@@ -43,12 +48,40 @@ def choose_storage(
     return "nf4", f"more than {BASE_SHARE:.0%} of the memory would be taken: {sizes}"
 
 
+def multiplies_in_fp8(section: ModelSection, storage: str, *, on_gpu: bool) -> bool:
+    """Whether a base in this storage multiplies in FP8: where it is asked for, and for fp8 unasked on a GPU.
+
+    On a CPU that is slower than rebuilding the weights, and done on demand only.
+    """
+    if storage == "fp8" and section.compute == "auto":
+        return on_gpu
+    return storage in ("nf4", "fp8") and section.compute == "fp8"
+
+
+def refuse_fp8(section: ModelSection, storage: str, hardware: Hardware) -> None:
+    """Raises SetupError where a GPU has no FP8 and it is asked for."""
+    field = "storage" if storage == "fp8" else "compute"
+    if storage != "fp8" and section.compute != "fp8":
+        return
+    for device in hardware.devices:
+        if device.compute_capability < FP8_CAPABILITY:
+            major, minor = device.compute_capability
+            raise SetupError(
+                f"model.{field} = fp8 needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; {device.name} has {major}.{minor}.",
+                f"Set model.storage to nf4 or int8{'' if section.compute != 'fp8' else ', and model.compute to auto'}.",
+            )
+
+
 def stored_bytes(facts: ModelFacts, section: ModelSection, storage: str) -> int:
     """Bytes of the base in memory.  Quantized are its linear layers, apart from fused experts and the output head."""
     whole = 4 if section.compute == "fp32" else 2
     if storage == NOT_QUANTIZED:
         return whole * facts.num_parameters
-    packed = sum(prod(shape) for name, shape in facts.linear_shapes.items() if "experts" not in name)
+    packed = sum(
+        prod(shape)
+        for name, shape in facts.linear_shapes.items()
+        if "experts" not in name and (storage != "fp8" or not any(size % FP8_STEP for size in shape))
+    )
     small = bytes_per_weight(storage, section.double_quantization)
     return round(whole * (facts.num_parameters - packed) + small * packed)
 
@@ -56,9 +89,9 @@ def stored_bytes(facts: ModelFacts, section: ModelSection, storage: str) -> int:
 def bytes_per_weight(storage: str, double_quantization: bool) -> float:
     """Of a quantized weight: nf4 has a float32 scale for each 64, or an 8-bit one and a float32 for each 256 of those.
 
-    int8 has one scale for each row: too few to count.
+    int8 and fp8 have one scale for each row: too few to count.
     """
-    if storage == "int8":
+    if storage in ("int8", "fp8"):
         return 1.0
     return 1 / 2 + 1 / 64 + 4 / (64 * 256) if double_quantization else 1 / 2 + 4 / 64
 

@@ -126,12 +126,13 @@ def _refuse_unread_by_evaluation(recipe: Recipe) -> None:
 def _refuse_method_pairs(recipe: Recipe) -> None:
     """Storage, method and memory fields that cannot be combined, each with its reason.  Raises RecipeError."""
     storage, method, training = recipe.model.storage, recipe.adapter.method, recipe.training
-    if storage in ("nf4", "int8") and method == "full":
+    quantized = storage in ("nf4", "int8", "fp8")
+    if quantized and method == "full":
         raise RecipeError(
             f"model.storage = {storage} cannot be trained in full: quantized weights have no gradient.",
             "Set model.storage to bf16, or adapter.method to lora (QLoRA).",
         )
-    if storage in ("nf4", "int8") and isinstance(recipe.adapter, PissaAdapter):
+    if quantized and isinstance(recipe.adapter, PissaAdapter):
         raise RecipeError(
             f"adapter.method = pissa takes its adapter out of the base's own weights, which model.storage = {storage} has rounded.",
             "Set model.storage to bf16; or adapter.method to loftq, which makes up for the rounding of nf4.",
@@ -145,6 +146,11 @@ def _refuse_method_pairs(recipe: Recipe) -> None:
         raise RecipeError(
             f"model.double_quantization is read with model.storage = nf4 only, not {storage}.",
             "Delete one of the two lines.",
+        )
+    if recipe.model.compute == "fp8" and storage not in ("nf4", "fp8"):
+        raise RecipeError(
+            f"model.compute = fp8 multiplies weights that are kept in nf4 or fp8, but model.storage is {storage}.",
+            "Set model.storage to fp8 or nf4, or delete model.compute.",
         )
     if method == "head" and recipe.data.format not in ("auto", "classification"):
         raise RecipeError(

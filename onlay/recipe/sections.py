@@ -16,7 +16,7 @@ TargetPreset = Literal["all-linear", "attention", "mlp", "qv"]
 Baseline = Literal["base", "prompt", "few-shot", "live"]
 LIMIT_GATES = ("forgetting", "safety", "latency_ms", "trained_rows")
 """Gates that are no score's least gain."""
-Storage = Literal["auto", "bf16", "nf4", "int8"]
+Storage = Literal["auto", "bf16", "nf4", "int8", "fp8"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "trackio", "comet_ml", "clearml", "dvclive", "swanlab"]
 """Those that Accelerate knows."""
 PersonalKind = Literal[
@@ -35,12 +35,13 @@ class ModelSection(Section):
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="`random` starts from the folder's config.json with new weights (method `full`)."
     )
-    compute: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the GPU has it, fp16 with loss scaling elsewhere, fp32 on the CPU."
+    compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
+        "auto",
+        description="auto: bf16 where the GPU has it, fp16 with loss scaling elsewhere, fp32 on the CPU; fp8: as auto, with the products of an nf4 or fp8 base in FP8 (storage fp8 does so with auto too, on a GPU).",
     )
     storage: Storage = Field(
         "auto",
-        description="How the frozen base is kept. bf16: not quantized, in the precision of `compute`; nf4: 4 bits (QLoRA); int8: 8 bits; auto: bf16, or nf4 where the GPU's memory asks for it.",
+        description="How the frozen base is kept. bf16: not quantized, in the precision of `compute`; nf4: 4 bits (QLoRA); int8: 8 bits; fp8: 8 bits, multiplied in FP8 by GPUs that have it; auto: bf16, or nf4 where the GPU's memory asks for it.",
     )
     double_quantization: bool = Field(
         True, description="nf4: the scales of the blocks are quantized too; saves 0.4 bits a weight."

@@ -29,7 +29,7 @@ from onlay.hardware import Hardware
 from onlay.model.adapter import load_adapter
 from onlay.model.compatibility import check
 from onlay.model.facts import has_experts, read_facts
-from onlay.model.load import Base, load_base
+from onlay.model.load import Base, choose_compute, load_base
 from onlay.model.storage import SPREAD_SHARE, stored_bytes
 from onlay.model.stored_names import find_places, model_without_weights, tied_parameters
 from onlay.model.updates import Updates
@@ -67,7 +67,7 @@ class Job:
     into: str
     """auto, original or quantized."""
     storage: str
-    """How the base was kept in training: bf16 (not quantized), nf4 or int8."""
+    """How the base was kept in training: bf16 (not quantized), nf4, int8 or fp8."""
     examples: Examples
     split: str
     """Of the data set that `examples` are."""
@@ -86,7 +86,10 @@ class Job:
         return ["quantized", "original"] if self.into == "auto" else [self.into]
 
     def section(self, storage: str) -> ModelSection:
-        return self.recipe.model.model_copy(update={"storage": storage})
+        """For this storage.  Products are not in FP8, also where they were in training: a merge is of weights, and what
+        rounding the activations does is not theirs."""
+        compute = choose_compute(self.recipe.model, self.hardware)
+        return self.recipe.model.model_copy(update={"storage": storage, "compute": compute})
 
     @cached_property
     def batches(self) -> list[MicroBatch]:

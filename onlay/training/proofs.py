@@ -22,20 +22,26 @@ from onlay.model.adapter import adapted_modules
 class MovementProof:
     """Watches the first two updates.  `results` is what the Run records."""
 
-    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], *, done: bool) -> None:
-        """`done`: a resumed run whose first two updates were watched before."""
+    def __init__(
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], *, done: bool, owners: Mapping[nn.Module, nn.Module] | None = None
+    ) -> None:  # fmt: skip
+        """`done`: a resumed run whose first two updates were watched before.  `owners`: of adapted modules that the fast path does
+        not call by themselves, the module that is called for them (onlay/model/fuse.py).  First weights wait in host memory."""
         self._pairs = adapted_modules(model)
         self._trainable = trainable
-        self._before = {} if done else {name: p.detach().clone() for name, p in trainable.items()}
+        self._before = {} if done else {name: p.detach().to("cpu", copy=True) for name, p in trainable.items()}
         self._received: set[str] = set()
-        self._hooks = (
-            [] if done else [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._pairs]
-        )
+        self._hooks = []
+        for name in () if done else self._pairs:
+            module = model.get_submodule(name)
+            called = (owners or {}).get(module, module)
+            self._hooks.append(called.register_forward_hook(self._hook(name), with_kwargs=True))
         self._names = {id(p): name for name, p in trainable.items()}
 
     def _hook(self, name: str) -> Any:
-        def note(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-            if torch.is_grad_enabled() and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].numel():
+        def note(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], _output: Any) -> None:
+            rows = inputs[0] if inputs else named.get("hidden_states")
+            if torch.is_grad_enabled() and isinstance(rows, Tensor) and rows.numel():
                 self._received.add(name)
 
         return note
@@ -64,7 +70,7 @@ class MovementProof:
         return self._finish("modules", len(self._pairs), stuck, idle)
 
     def _moved(self, parameter: nn.Parameter) -> bool:
-        return not torch.equal(parameter.detach(), self._before[self._names[id(parameter)]])
+        return not torch.equal(parameter.detach().cpu(), self._before[self._names[id(parameter)]])
 
     def _finish(self, what: str, count: int, stuck: list[str], idle: list[str]) -> dict[str, Any]:
         for hook in self._hooks:

@@ -22,11 +22,10 @@ from torch import nn
 from onlay.errors import OnlayError, OutputError, TrainingError
 from onlay.model.adapter import attach, held_parts, save_adapter
 from onlay.model.attention import Layout, choose_layout, use_attention
-from onlay.model.fuse import fuse, unfuse
+from onlay.model.fuse import Fused, fuse, unfuse
 from onlay.model.head import ClassificationHead, attach_head, save_head
 from onlay.model.initialize import Held, LoftqFactors
 from onlay.model.load import Base, quiet_transformers, weight_checksums
-from onlay.model.norms import fuse_norms, unfuse_norms
 from onlay.model.recompute import Recompute
 from onlay.model.stack import describe_stack
 from onlay.recipe import FullTuning, HeadAdapter, LoftqAdapter, LoraAdapter, PissaAdapter, Recipe
@@ -37,6 +36,7 @@ from onlay.training.devices import Devices
 from onlay.training.head_loss import HeadLoss, predict
 from onlay.training.loop import FIRST_LOSS_SCALE, Progress, StepReport, Task, peak_memory_bytes, run_loop
 from onlay.training.loss import Loss, make_loss
+from onlay.training.memory import fit
 from onlay.training.metrics_log import MetricsLog, read_metrics
 from onlay.training.optimizer import gradient_norm, hold, learning_rate_at, make_optimizer, needs_gpu
 from onlay.training.proofs import MovementProof, prove_finite, prove_held, prove_unchanged
@@ -105,18 +105,16 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
     hold(optimizer, held)
     if parts.loftq is not None:
         progress.proofs["loftq"] = parts.loftq.errors()
-    movement = MovementProof(model, trainable, done="movement" in progress.proofs)
     metrics = _open_metrics(parts, keep_bytes=progress.metrics_bytes)
     fast_paths = {"layout": layout.reason, "attention": layout.attention} | base.notes
-    if ordinary := fuse(model):
-        fast_paths["ordinary_adapters"] = "; ".join(f"{reason}: {layers}" for reason, layers in ordinary.items())
-    if norms := fuse_norms(model):
-        fast_paths["norms"] = norms
+    fused = fuse(model, layout=layout, dtype=base.compute_dtype)
+    fast_paths |= fused.notes
+    movement = MovementProof(model, trainable, done="movement" in progress.proofs, owners=fused.owners)
     if left_out:
         fast_paths["left_out"] = (
             f"all-linear leaves these out, since an adapter on them would not be used: {', '.join(left_out)}"
         )
-    recompute = _recompute(parts, progress)
+    recompute = _recompute(parts, progress, fused, trainable)
     task = _make_task(parts, model, layout, trainable, optimizer, checkpoints, metrics, movement, recompute)
     fast_paths["cross_entropy"] = task.loss.note
     task.snapshots.load(checkpoints.load_snapshots(progress.step))
@@ -179,20 +177,29 @@ def _first_progress(parts: Parts) -> Progress:
     )
 
 
-def _recompute(parts: Parts, progress: Progress) -> Recompute:
+def _recompute(parts: Parts, progress: Progress, fused: Fused, trainable: dict[str, nn.Parameter]) -> Recompute:
     """As the recipe says, or as the run has come to do.  A head's body keeps no activation: there is nothing to save."""
-    training = parts.recipe.training
-    recompute = Recompute(parts.base.model, offload=training.offload_activations)
+    training, device = parts.recipe.training, parts.devices.device
+    recompute = Recompute(parts.base.model, offload=training.offload_activations, blocks=fused.layers)
     if isinstance(parts.recipe.adapter, HeadAdapter):
         recompute.layers.clear()
         return recompute
-    if training.offload_activations and parts.devices.device.type != "cuda":
+    if training.offload_activations and device.type != "cuda":
         raise needs_gpu("offload_activations", "it moves activations from its memory to the host's")
     # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
     all_layers = training.recompute == "all" or (training.recompute == "auto" and training.offload_activations)
     if progress.recompute_layers or all_layers or isinstance(training.recompute, int):
         recompute.switch_on(training.recompute if isinstance(training.recompute, int) else None)
         progress.recompute_layers = recompute.count
+    elif training.recompute == "auto" and training.micro_batch_tokens is None:
+        chosen = fit(
+            fused, recompute.layers, device=device, wanted_tokens=progress.budget_tokens,
+            longest_tokens=int(parts.train_examples.lengths.max()), state_bytes=3 * sum(p.nbytes for p in trainable.values()),
+            item_bytes=parts.base.compute_dtype.itemsize,
+        )  # fmt: skip
+        progress.budget_tokens = min(progress.budget_tokens, chosen.tokens)
+        if set(chosen.levels) - {"none"}:
+            recompute.set_levels(chosen.levels)
     return recompute
 
 
@@ -295,11 +302,10 @@ def _make_task(
             progress.proofs["movement"] = results
 
     def save_memory(progress: Progress) -> str | None:
-        if training.recompute != "auto" or recompute.count or not recompute.layers:
+        if training.recompute != "auto" or not recompute.save_more():
             return None
-        recompute.switch_on()
         progress.recompute_layers = recompute.count
-        return f"{recompute.note} compute their activations again in the backward pass from now on"
+        return f"from now on the backward pass computes again {recompute.note}"
 
     watch = Watch(batch_size=training.batch_size)
     total_steps = training.max_steps or batches.steps_for(training.epochs)
@@ -438,7 +444,6 @@ def _finish(
             }
             run = run.model_copy(update={"proofs": run.proofs | {"artefact_sha256": saved}})
     unfuse(model)
-    unfuse_norms(model)
     use_attention(parts.base.model, parts.base.attention)
     parts.devices.wait()
     return run

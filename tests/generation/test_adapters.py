@@ -65,7 +65,7 @@ def shake_adapters(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_quantized_bases(storage: str, method: str) -> None:
     pytest.importorskip("bitsandbytes")

@@ -14,7 +14,7 @@ from onlay.kernels.chunked_loss import linear_cross_entropy, reference
 
 SHAPES = [(1, 1, 2), (1, 32, 272), (7, 5, 3), (64, 16, 1000), (129, 33, 513), (300, 64, 4099)]
 """(tokens N, width D, vocabulary V): one token, odd sizes, chunks that do not come out even."""
-SMALL_CHUNK = 2**18
+SMALL_CHUNK = 2**20
 """15 tokens and more: a CPU's product of three rows or fewer adds up another way, and errs four times as much by itself."""
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
@@ -75,7 +75,7 @@ def test_it_errs_at_most_twice_as_much_as_eager(
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 8 * 11 * 2)  # two tokens
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 16 * 11 * 2)  # two tokens
     hidden, weight, offset, targets = inputs((5, 4, 11), torch.float64, bias=bias)
     for loss in (linear_cross_entropy, reference):
         assert torch.autograd.gradcheck(lambda h, run=loss: run(h, weight, offset, targets), hidden.requires_grad_())
@@ -136,8 +136,8 @@ class Largest(TorchDispatchMode):
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", SMALL_CHUNK)
     hidden, weight, _, targets = inputs((500, 16, 1000), torch.float32)
-    assert weight.numel() <= SMALL_CHUNK // 4
+    assert weight.numel() <= SMALL_CHUNK // 8  # a logit and its log-softmax in float32
     for loss, bounded in ((linear_cross_entropy, True), (reference, False)):
         with Largest() as largest:
             loss(hidden.requires_grad_(), weight, None, targets).backward()
-        assert (largest.numbers <= SMALL_CHUNK // 4) == bounded
+        assert (largest.numbers <= SMALL_CHUNK // 8) == bounded

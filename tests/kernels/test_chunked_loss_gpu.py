@@ -41,5 +41,6 @@ def test_memory_is_that_of_a_few_chunks() -> None:
         before = torch.cuda.memory_allocated()
         loss(hidden, weight, None, targets).backward()
         peaks[loss] = torch.cuda.max_memory_allocated() - before
-    assert peaks[linear_cross_entropy] < 3 * CHUNK_BYTES
+    # The logits of a chunk, and 32 MiB that cuBLAS works in.
+    assert peaks[linear_cross_entropy] < 1.2 * CHUNK_BYTES
     assert peaks[reference] > tokens * vocabulary * 4

@@ -15,10 +15,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from onlay.errors import RecipeError
-from onlay.model.adapter import adapted_modules, attach, held_parts, is_wanted, save_adapter
+from onlay.model.adapter import adapted_modules, attach, held_parts, save_adapter
 from onlay.model.facts import read_facts
 from onlay.model.initialize import Held, LoftqFactors, begin_factors, truncated_svd
 from onlay.model.quantize import QuantizedLinear, round_trip
+from onlay.model.targets import is_wanted
 from onlay.recipe import LoftqAdapter, ModelSection, PissaAdapter
 from onlay.training.optimizer import hold
 from tests.builders import VOCABULARY, AllFloat64, save_tiny_base, tiny_model

@@ -152,7 +152,7 @@ def test_an_attention_that_there_is_not_is_two_lines(made: Path) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("storage", ["auto", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("storage", ["auto", "bf16", "nf4", "int8", "fp8"])
 def test_progress_and_notes_of_every_storage(made: Path, storage: str) -> None:
     told: list[tuple[int, int]] = []
     asked = section(made, storage=storage)
@@ -162,10 +162,12 @@ def test_progress_and_notes_of_every_storage(made: Path, storage: str) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert base.storage == {"auto": "bf16"}.get(storage, storage)
     assert base.notes["storage"].startswith(f"{base.storage}: ")
-    assert ("storage_16_bit" in base.notes) == (storage in ("nf4", "int8"))
+    assert ("storage_16_bit" in base.notes) == (storage in ("nf4", "int8", "fp8"))
     assert "placement" not in base.notes
     kept = {str(parameter.dtype) for parameter in base.model.parameters()}
-    assert kept == {"torch.float32"} | {"nf4": {"torch.uint8"}, "int8": {"torch.int8"}}.get(storage, set())
+    assert kept == {"torch.float32"} | {"nf4": {"torch.uint8"}, "int8": {"torch.int8"}, "fp8": {"torch.uint8"}}.get(
+        storage, set()
+    )
 
 
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
@@ -235,7 +237,7 @@ def test_a_base_too_large_for_one_gpu_is_spread(made: Path, monkeypatch: pytest.
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8", "fp8"])
 def test_a_base_spread_over_gpu_and_host_computes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
@@ -258,7 +260,7 @@ def test_a_base_spread_over_gpu_and_host_computes_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8", "fp8"])
 def test_a_gpu_holds_what_the_files_hold(tmp_path: Path, storage: str) -> None:
     save_tiny_base(tmp_path)
     asked = section(tmp_path, storage=storage)

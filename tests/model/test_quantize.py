@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onlay.kernels import nf4
+from onlay.kernels.fp8 import quantize_rows
+from onlay.kernels.fp8_rows import FP8, Fp8Rows
 from onlay.model.adapter import attach
 from onlay.model.load import weight_checksums
 from onlay.model.quantize import QuantizedLinear, round_trip
@@ -19,7 +22,7 @@ from onlay.model.storage import bytes_per_weight
 from onlay.recipe import LoraAdapter
 from tests.builders import VOCABULARY, AllFloat64, shake, tiny_model
 
-FORMS = [("nf4", True), ("nf4", False), ("int8", False)]
+FORMS = [("nf4", True), ("nf4", False), ("int8", False), ("fp8", False)]
 IDS = (torch.arange(2 * 24) * 37 % VOCABULARY).view(2, 24)
 forms = pytest.mark.parametrize(("storage", "double_quantization"), FORMS)
 
@@ -73,13 +76,42 @@ def test_int8_is_the_nearest_of_127_steps_of_each_row() -> None:
     assert bool((layer.weight.abs().amax(1)[torch.arange(33) != 4] == 127).all())
 
 
+def test_fp8_is_the_nearest_e4m3_number_to_each_rows_448th() -> None:
+    weight = linear(33, 50, dtype=torch.float32).weight.detach().clone()
+    weight[4] = 0
+    layer = QuantizedLinear(50, 33, False, storage="fp8", double_quantization=False, dtype=torch.float32)
+    layer.pack(weight)
+    assert (layer.weight.dtype, layer.numbers.dtype, layer.weight.shape) == (torch.uint8, FP8, weight.shape)
+    assert layer.numbers.data_ptr() == layer.weight.data_ptr()
+    expected = quantize_rows(weight)
+    assert torch.equal(layer.scales, expected.scales)
+    assert torch.equal(layer.weight, expected.numbers.view(torch.uint8))
+    assert torch.equal(layer.dequantize(), expected.wide())
+    error = (layer.dequantize(torch.float64) - weight.double()).abs()
+    # Half a unit in the last place of three bits, and of the smallest numbers half of e4m3's least.
+    bound = torch.maximum(2.0**-4 * weight.abs(), 2.0**-10 * layer.scales[:, None])
+    assert bool((error <= bound * (1 + 8 * torch.finfo(torch.float32).eps)).all())
+    assert not layer.dequantize()[4].any()
+
+
+@forms
+def test_weights_may_be_rebuilt_into_a_tensor_that_is_there(storage: str, double_quantization: bool) -> None:
+    layer = quantized(storage, double_quantization)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        whole = torch.zeros(96 + 2, 80, dtype=dtype)
+        assert layer.dequantize_into(whole[1:-1]).data_ptr() == whole[1:].data_ptr()
+        assert torch.equal(whole[1:-1], layer.dequantize(dtype))
+        assert not whole[0].any()
+        assert not whole[-1].any()
+
+
 @forms
 def test_bytes_in_memory_are_those_that_are_reckoned_with(storage: str, double_quantization: bool) -> None:
     layer = quantized(storage, double_quantization, outputs=512, inputs=1024)
     stored = [layer.weight, *layer.buffers()]
     found = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-    # int8's scales and nf4's one mean are not counted.
-    apart = 4 * 512 if storage == "int8" else 4 * double_quantization
+    # The scales of int8 and fp8 and nf4's one mean are not counted.
+    apart = 4 * 512 if storage in ("int8", "fp8") else 4 * double_quantization
     assert found == 512 * 1024 * bytes_per_weight(storage, double_quantization) + apart
 
 
@@ -248,6 +280,105 @@ def test_evaluating_in_between_changes_nothing(storage: str, double_quantization
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert all(bool(value.any()) for value in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------- products in FP8
+
+PRODUCTS = [("nf4", True), ("nf4", False), ("fp8", False)]
+products = pytest.mark.parametrize(("storage", "double_quantization"), PRODUCTS)
+
+
+def meant_by(layer: QuantizedLinear) -> Fp8Rows:
+    """The numbers that a layer multiplies with: its own, or those that NF4's weights become."""
+    if layer.storage == "fp8":
+        return Fp8Rows(layer.numbers, layer.scales)
+    return quantize_rows(nf4.dequantize(layer.packed, torch.float32))
+
+
+@products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_in_fp8_are_those_of_the_numbers(storage: str, double_quantization: bool, dtype: torch.dtype) -> None:
+    """Forward and backward within float32's sums of the exact products, and those within e4m3's rounding of the wide ones."""
+    layer = QuantizedLinear.from_linear(
+        linear(dtype=dtype), storage=storage, double_quantization=double_quantization, fp8_products=True
+    )
+    x, dy = torch.randn(2, 3, 80, dtype=dtype, requires_grad=True), torch.randn(2, 3, 96, dtype=dtype)
+    out = layer(x)
+    out.backward(dy)
+    assert x.grad is not None
+    assert (out.dtype, out.shape, x.grad.dtype, x.grad.shape) == (dtype, (2, 3, 96), dtype, x.shape)
+    rows, grads = x.detach().view(6, 80), dy.view(6, 96)
+    weight = meant_by(layer)
+    exact = weight.wide(torch.float64)
+    came = quantize_rows(grads, columns=weight.scales)
+    assert layer.bias is not None
+    eps, sums = torch.finfo(dtype).eps, 96 * torch.finfo(torch.float32).eps
+    for found, left, right, wide, most in (
+        (out.detach() - layer.bias, quantize_rows(rows).wide(torch.float64), exact.T, rows.double(), None),
+        (x.grad, came.wide(torch.float64) / weight.scales.double(), exact, grads.double(), weight.scales.double()),
+    ):
+        size = left.abs() @ right.abs()
+        error = (found.double().view(size.shape) - left @ right).abs()
+        assert bool((error <= sums * size + 3 * eps * (size + 1)).all())
+        # A number of e4m3 is off by a sixteenth of itself, the smallest ones by 2^-10 of a scale.
+        scaled = wide if most is None else wide * most
+        step = 2.0**-10 / 448 * scaled.abs().amax(1, keepdim=True) / (1 if most is None else most)
+        off = torch.maximum(2.0**-4 * wide.abs(), step)
+        assert bool(((left @ right - wide @ right).abs() <= (off @ right.abs()) * (1 + 1e-6)).all())
+
+
+@products
+def test_products_in_fp8_are_not_taken_in_float64_or_for_other_sizes(storage: str, double_quantization: bool) -> None:
+    made = QuantizedLinear.from_linear(
+        linear(), storage=storage, double_quantization=double_quantization, fp8_products=True
+    )
+    rebuilt = quantized(storage, double_quantization)
+    x = torch.randn(4, 80)
+    assert made.fp8_products
+    assert torch.equal(made(x.double()), rebuilt(x.double()))
+    assert not torch.equal(made(x), rebuilt(x))
+    odd = QuantizedLinear.from_linear(
+        linear(88, 80), storage=storage, double_quantization=double_quantization, fp8_products=True
+    )
+    assert not odd.fp8_products
+    assert torch.equal(odd(x), quantized(storage, double_quantization, outputs=88)(x))
+
+
+def test_int8_has_no_products_in_fp8() -> None:
+    with pytest.raises(AssertionError):
+        QuantizedLinear.from_linear(linear(), storage="int8", fp8_products=True)
+
+
+@products
+@pytest.mark.parametrize("cast", CASTS)
+def test_products_in_fp8_stay_what_they_are(storage: str, double_quantization: bool, cast: Any) -> None:
+    layer = QuantizedLinear.from_linear(
+        linear(), storage=storage, double_quantization=double_quantization, fp8_products=True
+    )
+    x = torch.randn(4, 80)
+    before = layer(x) - layer.bias
+    after = cast(layer)
+    assert torch.equal(after(x) - after.bias, before)
+
+
+@products
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_step_with_products_in_fp8_goes_the_same_way(storage: str, double_quantization: bool, method: str) -> None:
+    """Some percent of noise on the gradient of the very same weights; without it the test would compare nothing."""
+    model = base(storage, double_quantization, stored=True)
+    meant = {
+        name: meant_by(module).wide() for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.fp8_products = True
+    found = gradient(adapted(model, method))
+    plain = tiny_model("llama")
+    for name, weight in meant.items():
+        plain.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+    exact = gradient(adapted(plain, method))
+    size = sum(float(value.norm()) ** 2 for value in exact.values()) ** 0.5
+    assert 1e-3 * size < distance(found, exact) < 0.5 * size
 
 
 def test_doras_first_output_is_the_bases() -> None:

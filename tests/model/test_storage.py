@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from onlay.errors import SetupError
 from onlay.hardware import Device, Hardware
 from onlay.model.storage import (
     BASE_SHARE,
@@ -12,7 +13,9 @@ from onlay.model.storage import (
     bytes_per_weight,
     choose_storage,
     describe_placement,
+    multiplies_in_fp8,
     needs_spreading,
+    refuse_fp8,
     spread_memory,
     stored_bytes,
 )
@@ -40,6 +43,7 @@ def section(**fields: Any) -> ModelSection:
     return ModelSection.model_validate({"base": "base", **fields})
 
 
+FP8_GPU = Device(name="RTX 4090", memory_bytes=2**35, compute_capability=(8, 9))
 ENOUGH = 2 * (LINEAR + REST) / BASE_SHARE
 
 
@@ -72,7 +76,7 @@ def test_auto_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in reason
 
 
-@pytest.mark.parametrize("asked", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("asked", ["bf16", "nf4", "int8", "fp8"])
 def test_what_is_asked_for_is_done(asked: str) -> None:
     assert choose_storage(facts(), section(storage=asked), machine(1000))[0] == asked
     assert choose_storage(facts(), section(storage=asked), machine())[0] == asked
@@ -83,7 +87,53 @@ def test_bytes() -> None:
     assert bytes_per_weight("nf4", False) == 0.5 + 1 / 16
     assert stored_bytes(facts(), section(), "bf16") == 2 * (LINEAR + REST)
     assert stored_bytes(facts(), section(), "int8") == LINEAR + 2 * REST
+    # Neither size of o and q is a multiple of 16: FP8 does not take them.
+    assert stored_bytes(facts(), section(), "fp8") == 2 * (LINEAR + REST)
+    fitting = facts().model_copy(update={"linear_shapes": {"q": (896, 512)}})
+    assert stored_bytes(fitting, section(), "fp8") == 896 * 512 + 2 * (LINEAR + REST - 896 * 512)
     assert stored_bytes(facts(), section(double_quantization=False), "nf4") == round(0.5625 * LINEAR + 2 * REST)
+
+
+@pytest.mark.parametrize(
+    ("model", "on_gpu", "on_cpu"),
+    [
+        ({"storage": "fp8"}, True, False),
+        ({"storage": "fp8", "compute": "fp8"}, True, True),
+        ({"storage": "fp8", "compute": "bf16"}, False, False),
+        ({"storage": "nf4"}, False, False),
+        ({"storage": "nf4", "compute": "fp8"}, True, True),
+        ({"storage": "int8"}, False, False),
+        ({"storage": "bf16", "compute": "fp8"}, False, False),
+    ],
+)
+def test_what_multiplies_in_fp8(model: dict[str, str], on_gpu: bool, on_cpu: bool) -> None:
+    assert multiplies_in_fp8(section(**model), model["storage"], on_gpu=True) == on_gpu
+    assert multiplies_in_fp8(section(**model), model["storage"], on_gpu=False) == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "remedy"),
+    [
+        ({"storage": "fp8"}, "storage", "Set model.storage to nf4 or int8."),
+        (
+            {"storage": "nf4", "compute": "fp8"},
+            "compute",
+            "Set model.storage to nf4 or int8, and model.compute to auto.",
+        ),
+    ],
+)
+def test_gpus_without_fp8_are_named(model: dict[str, str], field: str, remedy: str) -> None:
+    old = Device(name="RTX 3090", memory_bytes=2**35, compute_capability=(8, 6))
+    for devices in ([], [FP8_GPU], [FP8_GPU, FP8_GPU]):
+        refuse_fp8(section(**model), model["storage"], machine().model_copy(update={"devices": devices}))
+    here = machine().model_copy(update={"devices": [FP8_GPU, old]})
+    refuse_fp8(section(), "nf4", here)
+    with pytest.raises(SetupError) as caught:
+        refuse_fp8(section(**model), model["storage"], here)
+    assert caught.value.problem == (
+        f"model.{field} = fp8 needs a GPU of compute capability 8.9 or more; RTX 3090 has 8.6."
+    )  # fmt: skip
+    assert caught.value.remedy == remedy
 
 
 def test_spreading_goes_by_the_first_gpu() -> None:
