@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from bases import SHAPES, VOCABULARY, make_base
-from step import Case, append_row, leave_folder, measure
+from step import Case, append_row, measure
 
 __all__ = ["VOCABULARY", "make_base"]
 """bench/generation.py takes its random base from here."""
@@ -87,7 +87,6 @@ def main() -> None:
     from onlay.errors import OnlayError
 
     arguments = parse()
-    leave_folder()
     case = case_of(arguments)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     try:

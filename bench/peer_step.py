@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step import MARK, Case, allocated_gib, device_facts, leave_folder, limit_memory, tokens_of_rows, versions
+from step import MARK, Case, allocated_gib, device_facts, limit_memory, tokens_of_rows, versions
 
 SYSTEMS = ("trl", "trl+liger", "axolotl", "unsloth")
 TARGETS = {
@@ -178,7 +178,6 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    leave_folder()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     case = Case(**json.loads(sys.argv[1]))
     if case.system not in SYSTEMS:

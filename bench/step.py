@@ -278,12 +278,6 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def leave_folder() -> None:
-    """Takes bench/ off the module path: other packages look for optional ones by names that scripts here have, such as
-    `kernels`."""
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != LENGTHS.parent]
-
-
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Adds a row to a CSV file; columns that the file did not have are empty in its older rows."""
     older: list[dict[str, Any]] = []
@@ -301,7 +295,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def main() -> None:
     from onlay.errors import OnlayError
 
-    leave_folder()
     case = Case(**json.loads(sys.argv[1]))
     try:
         result = measure(case)

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Recipe", "audit", "chat", "demo", "evaluate", "generate", "merge", "prepare", "promote", "register", "rollback", "show", "train",
+    "Recipe", "advise", "audit", "chat", "demo", "evaluate", "generate", "merge", "plan", "prepare", "promote", "register", "rollback",
+    "show", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from onlay.recipe import Recipe
     from onlay.stages import (
+        advise,
         audit,
         chat,
         demo,
         evaluate,
         generate,
         merge,
+        plan,
         prepare,
         promote,
         register,

@@ -239,6 +239,149 @@ class Dataset(Record):
     findings: list[Finding]
 
 
+class PlannedMemory(BaseModel):
+    """Bytes on one GPU at the peak of an optimizer step.  The components sum to `peak_bytes`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    peak_bytes: int
+    """Likely; what torch's allocator gives at most."""
+    low_bytes: int
+    high_bytes: int
+    needed_bytes: int
+    """Of the GPU: the high end and CUDA's own."""
+    device_bytes: int
+    """What the GPU has."""
+    weights_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    loss_bytes: int
+    working_bytes: int
+
+
+class PlannedTime(BaseModel):
+    """Seconds of a whole run; `training`, `evaluation` and `loading` sum to `seconds`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seconds: float
+    """Likely."""
+    low_seconds: float
+    high_seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+    loading_seconds: float
+    steps: int
+    step_seconds: float
+    tokens: int
+    """Of all steps."""
+    tokens_per_second: float
+    """While training, over all GPUs."""
+    flops_per_token: float
+    verified: bool
+    """The speed of this kind of GPU was measured."""
+
+
+class PlannedCost(BaseModel):
+    """USD of a whole run, by the cheapest and the dearest dated offer; None where there is none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    usd: float | None
+    """On demand, at the cheapest."""
+    most_usd: float | None
+    spot_usd: float | None
+    usd_per_hour: float | None
+    provider: str | None
+    date: str | None
+    source: str | None
+    notes: list[str]
+
+
+class PlannedParameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    trainable: int
+    total: int
+    """Base and adapter."""
+
+
+class PlannedSettings(BaseModel):
+    """What a run takes over from its plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    storage: str
+    compute: str
+    optimizer: str
+    offload_activations: bool
+    micro_batch_tokens: int
+    levels: list[str]
+    """Of each layer, what it keeps for the backward pass: none is recomputed, mlp, blocks, layer, tiles."""
+    recompute: str
+    """The levels in words."""
+    fast_path: bool
+
+
+class PlannedRung(BaseModel):
+    """One step of the ladder: a setting that was tried."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    setting: str
+    """In words."""
+    needed_bytes: int
+    tokens_per_second: float | None
+    """None where it does not fit."""
+    verdict: Literal["chosen", "slower", "does not fit", "not unasked"]
+    reason: str
+
+
+class PlannedDecision(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    what: str
+    """Such as model.storage."""
+    chosen: str
+    why: str
+    rejected: list[str] = []
+
+
+class Plan(Record):
+    """What a run will take, before it runs: memory, time and cost, and the settings that make it fit."""
+
+    kind: ClassVar[str] = "plan"
+    base: str
+    gpu: str | None
+    gpus: int
+    rows: int
+    """That train."""
+    mean_tokens: float
+    data: str
+    """Where rows and lengths come from, in words."""
+    parameters: PlannedParameters
+    memory: PlannedMemory
+    time: PlannedTime
+    cost: PlannedCost
+    settings: PlannedSettings
+    decisions: list[PlannedDecision]
+    rungs: list[PlannedRung]
+    refused: str | None = None
+    """What the recipe asks for and does not fit; the plan is then the nearest that does."""
+    notes: list[str] = []
+
+
+class ForecastCheck(BaseModel):
+    """What was forecast beside what was measured, of a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    planned_peak_bytes: int
+    peak_bytes: int | None
+    planned_step_seconds: float
+    step_seconds: float | None
+    """Median of the steps after the first ones; None for a run that was too short."""
+    planned_training_seconds: float
+    corrected_training_seconds: float | None
+    """As forecast anew after the first steps."""
+    training_seconds: float | None
+    """None for a run that did not finish."""
+
+
 class Recovery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     step: int
@@ -262,7 +405,7 @@ class Run(Record):
     method: str = "lora"
     """adapter.method: lora leaves adapter/ in the folder, full leaves model/."""
     storage: str = "bf16"
-    """How the base was kept: bf16 (not quantized), nf4, int8; what `auto` came to."""
+    """How the base was kept: bf16 (not quantized), nf4, int8, fp8; what `auto` came to."""
     status: str
     """running, finished, interrupted, failed."""
     started: str
@@ -292,6 +435,8 @@ class Run(Record):
     proofs: dict[str, Any] = {}
     environment: dict[str, str] = {}
     peak_memory_bytes: int | None = None
+    forecast: ForecastCheck | None = None
+    """None where nothing was planned, as on a CPU."""
     base_weight_digest: str | None = None
     """Full SHA-256 over the base's safetensors files; computed beside training."""
     error: str | None = None
@@ -362,7 +507,7 @@ class Merge(Record):
     base_revision: str | None
     method: str
     storage: str
-    """How the base was kept in training: bf16 (not quantized), nf4, int8."""
+    """How the base was kept in training: bf16 (not quantized), nf4, int8, fp8."""
     into: str
     seconds: float
     weight_bytes: int
@@ -545,7 +690,7 @@ class AdapterVersion(Record):
     base_revision: str | None
     base_weight_fingerprint: str
     storage: str
-    """How the base was kept in training: bf16 (not quantized), nf4, int8."""
+    """How the base was kept in training: bf16 (not quantized), nf4, int8, fp8."""
     tokenizer_digest: str
     template_digest: str
     evaluation_loss: float | None
@@ -562,5 +707,5 @@ class AdapterVersion(Record):
 
 
 RECORDS: dict[str, type[Record]] = {
-    record.kind: record for record in (ModelFacts, Audit, Dataset, Run, Merge, Report, AdapterVersion)
+    record.kind: record for record in (ModelFacts, Audit, Dataset, Plan, Run, Merge, Report, AdapterVersion)
 }

@@ -18,7 +18,7 @@ from onlay.records import Run
 from tests.builders import save_tiny_base, write_rows
 
 VERBS = (
-    "init", "doctor", "prepare", "audit", "synthesize", "review", "restore", "train", "generate", "chat", "evaluate", "compare", "check", "register", "promote", "rollback",
+    "init", "doctor", "prepare", "audit", "synthesize", "review", "restore", "advise", "plan", "train", "generate", "chat", "evaluate", "compare", "check", "register", "promote", "rollback",
     "versions", "diff", "verify", "history", "push", "pull", "compatible", "merge", "show", "log", "schema", "demo",
 )  # fmt: skip
 HELP = """

@@ -23,6 +23,7 @@ from onlay.records import (
     Merge,
     MergeCheck,
     ModelFacts,
+    Plan,
     Record,
     Recovery,
     Report,
@@ -123,7 +124,36 @@ def audit() -> Audit:
     return Audit(files=[file], rows=3, unreadable=0, findings=[], seconds=1.0)
 
 
-EVERY = [model_facts(), dataset(), run(), merge(), report(), version(), audit()]
+def plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "base": "pocket", "gpu": "RTX 4090", "gpus": 1, "rows": 10, "mean_tokens": 4.5, "data": "10 rows, declared",
+        "parameters": {"trainable": 1, "total": 11},
+        "memory": {
+            "peak_bytes": 28, "low_bytes": 20, "high_bytes": 30, "needed_bytes": 40, "device_bytes": 50, "weights_bytes": 1,
+            "adapter_bytes": 2, "gradient_bytes": 3, "optimizer_bytes": 4, "activation_bytes": 5, "loss_bytes": 6, "working_bytes": 7,
+        },
+        "time": {
+            "seconds": 6.0, "low_seconds": 5.0, "high_seconds": 7.0, "training_seconds": 3.0, "evaluation_seconds": 2.0,
+            "loading_seconds": 1.0, "steps": 2, "step_seconds": 1.5, "tokens": 45, "tokens_per_second": 15.0,
+            "flops_per_token": 60.0, "verified": False,
+        },
+        "cost": {
+            "usd": 0.5, "most_usd": 1.0, "spot_usd": None, "usd_per_hour": 300.0, "provider": "somewhere", "date": "2026-11-01",
+            "source": "a page", "notes": [],
+        },
+        "settings": {
+            "storage": "nf4", "compute": "bf16", "optimizer": "adamw", "offload_activations": False, "micro_batch_tokens": 512,
+            "levels": ["mlp", "none"], "recompute": "gate and up computed again in 1 of 2 layers", "fast_path": True,
+        },
+        "decisions": [{"what": "model.storage", "chosen": "nf4", "why": "room", "rejected": ["bf16: 1 GiB more"]}],
+        "rungs": [
+            {"setting": "bf16", "needed_bytes": 60, "tokens_per_second": None, "verdict": "does not fit", "reason": "10 more"}
+        ],
+    }  # fmt: skip
+    return Plan(**(values | changes))
+
+
+EVERY = [model_facts(), dataset(), run(), merge(), report(), version(), audit(), plan()]
 
 
 @pytest.mark.parametrize("record", EVERY, ids=lambda record: record.kind)

@@ -7,9 +7,9 @@ change, 130 interrupted.  torch is never loaded for --help.
 from __future__ import annotations
 
 # Each module adds its verbs to the app; --help lists them in this order.
-from onlay.cli import data, auditing, synthesizing, reviewing, restoring, training, answers, evaluation, checking, registry, merging, showing, demonstrating  # isort: skip  # fmt: skip
+from onlay.cli import data, auditing, synthesizing, reviewing, restoring, advising, planning, training, answers, evaluation, checking, registry, merging, showing, demonstrating  # isort: skip  # fmt: skip
 from onlay.cli.app import app, main
 
 __all__ = [
-    "answers", "app", "auditing", "checking", "data", "demonstrating", "evaluation", "main", "merging", "registry", "restoring", "reviewing", "showing", "synthesizing", "training",
+    "advising", "answers", "app", "auditing", "checking", "data", "demonstrating", "evaluation", "main", "merging", "planning", "registry", "restoring", "reviewing", "showing", "synthesizing", "training",
 ]  # fmt: skip

@@ -33,6 +33,8 @@ from onlay.kernels.block_attention import fits as narrow
 
 WIDEST_CUDNN = 128
 WIDEST_FLASH = 256
+LEAST_CUDNN, EVEN_CUDNN = 128, 64
+"""Tokens of an example: shorter ones gain nothing, and odd lengths not every version of cuDNN has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,11 +128,21 @@ def choose(q: Tensor, examples: Examples, *, window: int | None) -> str:
         if examples.equal is None or window is not None or q.dtype not in (torch.float32, torch.float64):
             return "reference"
         return "blocks" if narrow(_rows(q, examples)) else "host"
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not fits(q.shape[-1], q.device):
+    if not has_kernel(q.shape[-1], device=q.device, dtype=q.dtype):
         return "reference"
-    if examples.equal is None or window is not None or q.shape[-1] > WIDEST_CUDNN:
+    even = examples.equal is not None and examples.equal >= LEAST_CUDNN and examples.equal % EVEN_CUDNN == 0
+    if not even or window is not None or q.shape[-1] > WIDEST_CUDNN:
         return "flash"
     return "cudnn" if torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled() else "flash"
+
+
+def has_kernel(width: int, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether heads of this width have a way of their own here, and not the reference alone."""
+    if device.type == "cpu":
+        return (
+            True  # In 16 bit the reference: nobody trains so there, but what is compared there is then what a GPU does.
+        )
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits(width, device)
 
 
 def fits(width: int, device: torch.device) -> bool:
@@ -166,7 +178,8 @@ def _grouped(q: Tensor, k: Tensor, examples: Examples) -> Tensor:
 
 def _ungrouped(x: Tensor, q: Tensor, examples: Examples) -> Tensor:
     """(N G, H / G, S, D) -> (T, H, D)"""
-    return x.unflatten(0, (len(q) // x.shape[2], -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    out: Tensor = x.unflatten(0, (len(q) // x.shape[2], -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    return out
 
 
 def _repeated(k: Tensor, q: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def nf4_row_scales(packed: nf4.Nf4) -> Tensor:
     if inputs % nf4.BLOCK:
         return quantize_rows(nf4.dequantize(packed, torch.float32)).scales
     largest = nf4.block_scales(packed).view(outputs, inputs // nf4.BLOCK).abs().amax(1)
-    return largest.clamp_min(LEAST_AMAX) / LARGEST
+    return largest.clamp_min(LEAST_AMAX) / largest.new_full((), LARGEST)
 
 
 def rows_from_nf4(

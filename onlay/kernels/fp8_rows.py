@@ -36,5 +36,7 @@ class Fp8Rows:
 def reference_quantize_rows(x: Tensor, *, columns: Tensor | None = None) -> Fp8Rows:
     """By definition, in float32: of x (N, K), or of x * columns (K,)."""
     exact = x.float() if columns is None else x.float() * columns.float()
-    scales = exact.abs().amax(1).clamp_min(LEAST_AMAX) / LARGEST if x.shape[1] else exact.new_zeros(len(x))
+    # By a tensor: by a number a GPU multiplies with its reciprocal, which rounds otherwise.
+    largest = exact.abs().amax(1).clamp_min(LEAST_AMAX) if x.shape[1] else exact.new_zeros(len(x))
+    scales = largest / exact.new_full((), LARGEST)
     return Fp8Rows((exact / scales[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scales)

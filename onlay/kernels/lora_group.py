@@ -80,7 +80,8 @@ class Factors:
             factors = cls(group, parameters, folded=group.frozen.weight.clone())
             for number, rows, _ in factors.parts():
                 assert factors.folded is not None
-                factors.folded[rows].addmm_(seconds[number], firsts[number], alpha=group.scales[number])
+                first, second = firsts[number].to(dtype), seconds[number].to(dtype)
+                factors.folded[rows].addmm_(second, first, alpha=group.scales[number])
             return factors
         a = firsts[0].new_empty(sum(len(first) for first in firsts), firsts[0].shape[1], dtype=dtype)
         for part, first, scale in zip(a.split([len(f) for f in firsts]), firsts, group.scales, strict=True):
@@ -183,12 +184,13 @@ class Factors:
 
     def _unfolded(self, d_folded: Tensor) -> list[Tensor]:
         """dA of each adapter and dB of each, of the gradient (sum O, I) of the folded weight."""
-        count = len(self.group.scales)
-        firsts, seconds, scales = self.parameters[:count], self.parameters[count : 2 * count], self.group.scales
-        rows = [d_folded[columns] for _, columns, _ in self.parts()]
-        return [s * (b.t() @ d) for b, d, s in zip(seconds, rows, scales, strict=True)] + [
-            s * (d @ a.t()) for a, d, s in zip(firsts, rows, scales, strict=True)
-        ]
+        count, found_a, found_b = len(self.group.scales), [], []
+        for number, columns, _ in self.parts():
+            first, second, scale = self.parameters[number], self.parameters[count + number], self.group.scales[number]
+            d = d_folded[columns]
+            found_a.append((scale * (second.t().to(d.dtype) @ d)).to(first.dtype))
+            found_b.append((scale * (d @ first.t().to(d.dtype))).to(second.dtype))
+        return found_a + found_b
 
 
 def folds(group: Group, *, device: torch.device, dtype: torch.dtype) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onlay.kernels.attention_block import AttentionBlock
+from onlay.kernels.causal_attention import has_kernel
 from onlay.kernels.linear_block import linear_block
 from onlay.kernels.lora_linear import lora_linear
 from onlay.kernels.mlp_block import MlpBlock
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 PROBE_LENGTHS = (29, 29, 37)
 """Tokens of the examples that the base is tried with."""
 UNUSUAL = "it is given masks, or other than rows and rotary tables"
+LEAST_EPS = 1e-5
+"""Of a wide precision: a layer that computes something else is off by far more, and the same layer in another order of sums by a few
+roundings, which must not decide one way today and the other after an interruption."""
 SLACK = 8.0
 """Roundings by which a token's result may differ, of what a layer adds and of what it returns."""
 
@@ -124,8 +128,10 @@ class _Work:
         self.covered: set[nn.Module] = set()
         self.device = next(base.parameters()).device
         self.told: dict[nn.Module, dict[str, Any]] = {}
-        trains = {id(p) for p in base.parameters() if p.requires_grad}
-        self.adapts = any("lora_" in name for name, p in base.named_parameters() if id(p) in trains)
+        factors = [p for name, p in base.named_parameters() if "lora_" in name and p.requires_grad]
+        self.adapts = bool(factors)
+        # PEFT computes an adapter in its own precision, which may be coarser than that of the work.
+        self.eps = max([LEAST_EPS, *(torch.finfo(kind).eps for kind in {dtype, *(p.dtype for p in factors)})])
 
     @property
     def uses_blocks(self) -> bool:
@@ -204,8 +210,7 @@ class _Work:
             return "its result has another shape or precision"
         expected = call.out.double()
         part = expected - x.double() if added else expected
-        eps = torch.finfo(self.dtype).eps
-        allowed = SLACK * eps * (part.norm(dim=-1) + expected.norm(dim=-1))
+        allowed = SLACK * self.eps * (part.norm(dim=-1) + expected.norm(dim=-1))
         error = (found.double() - expected).norm(dim=-1)
         if bool((error <= allowed).all()):
             return None
@@ -225,7 +230,7 @@ class _Work:
         if form is None:
             return None
         told = self.told.get(module)
-        reason = _why_not_attention(module, form, told)
+        reason = _why_not_attention(module, form, told, device=self.device, dtype=self.dtype)
         if reason is None and told is not None:
             found = FusedAttention.of(
                 form, norm=norm, residual=residual, scale=told["scaling"], window=told["sliding_window"], dtype=self.dtype,
@@ -343,7 +348,11 @@ class _Work:
         self.fused.norms += 1
 
 
-def _why_not_attention(module: Any, form: AttentionForm, told: dict[str, Any] | None) -> str | None:
+def _why_not_attention(
+    module: Any, form: AttentionForm, told: dict[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    if not has_kernel(form.width, device=device, dtype=dtype):
+        return f"no attention kernel for heads of {form.width} in {str(dtype).removeprefix('torch.')} on this device"
     if told is None:
         return "its attention calls no kernel that could be watched"
     if told["extras"]:

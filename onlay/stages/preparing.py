@@ -17,6 +17,7 @@ from onlay.errors import RecipeError, SetupError
 from onlay.recipe import LoraAdapter, Recipe, read_recipe
 from onlay.records import Dataset, ModelFacts
 from onlay.stages.events import Loading, Report, silent
+from onlay.stages.lengths import lengths_of, remember_lengths
 
 if TYPE_CHECKING:
     from onlay.data.cleaning import Cleaner
@@ -153,6 +154,7 @@ def prepare(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), repor
     prepared = prepare_source(look(as_recipe(recipe, overrides), report=report), report=report)
     ledger.append(prepared.source.facts, prepared.source.facts.path)
     ledger.append(prepared.dataset, prepared.dataset.path)
+    remember_lengths(prepared.source.recipe, lengths_of(prepared))
     return prepared
 
 

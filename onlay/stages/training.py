@@ -12,8 +12,9 @@ from onlay import ledger
 from onlay.errors import OnlayError, OutputError, RecipeError
 from onlay.model.stack import import_stack
 from onlay.recipe import LoftqAdapter, PissaAdapter, Recipe, read_recipe
-from onlay.records import Dataset, ModelFacts, Run, write_whole
+from onlay.records import Dataset, ModelFacts, Plan, Run, write_whole
 from onlay.stages.events import Report, rank, silent, while_loading
+from onlay.stages.following import follow_plan, follow_steps, plan_run, with_forecast
 from onlay.stages.preparing import Prepared, Source, as_recipe, check_device, look, prepare_source
 
 if TYPE_CHECKING:
@@ -100,6 +101,15 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         )
     _tell_smallest_difference(prepared, report)
     hardware = find_hardware()
+    made = Plan.load(folder) if resume and (folder / "plan.json").is_file() else None
+    if not resume:
+        made = plan_run(
+            prepared, device=hardware.devices[0] if hardware.has_cuda else None, gpus=devices.world, report=report
+        )
+        recipe = recipe if made is None else follow_plan(recipe, made)
+    watch = None
+    if made is not None:
+        report, watch = follow_steps(report, made)
     digesting = Digesting(facts, ledger.home()) if devices.is_main else None
     report(f"loading {facts.name}")
     loftq = _loftq_factors(recipe, folder, resume=resume)
@@ -110,6 +120,9 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     )  # fmt: skip
     if devices.is_main and not resume:
         _begin_folder(folder, recipe, prepared)
+        if made is not None:
+            made.save(folder)
+            ledger.append(made, folder)
     devices.wait()
     splits = prepared.dataset.splits
     parts = Parts(
@@ -119,7 +132,7 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         plan=plan_micro_batches, collate=collate, pad_token_id=pad_token_id(prepared.tokenizer), folder=folder,
         devices=devices, report=report, base_weight_digest=digesting.result if digesting else lambda: None,
         save_tokenizer=lambda path: prepared.tokenizer.save_pretrained(str(path)), label_scores=label_scores,
-        loftq=loftq,
+        loftq=loftq, levels=tuple(made.settings.levels) if made is not None else (),
     )  # fmt: skip
     try:
         run = train_adapter(parts, resume=resume)
@@ -128,7 +141,11 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
         if devices.is_main and (folder / "run.json").is_file():
             ledger.append(Run.load(folder), folder)
         raise
+    if watch is not None:
+        run = with_forecast(run, watch)
     if devices.is_main:
+        if watch is not None:
+            run.save(folder)
         ledger.append(run, folder)
     return run
 
@@ -154,8 +171,8 @@ def _tell_smallest_difference(prepared: Prepared, report: Report) -> None:
 
 def _loftq_factors(recipe: Recipe, folder: Path, *, resume: bool) -> LoftqFactors | None:
     """What makes a LoftQ adapter's first weights while the base is quantized; where a checkpoint holds later ones, nothing."""
-    from onlay.model.adapter import is_wanted
     from onlay.model.initialize import LoftqFactors
+    from onlay.model.targets import is_wanted
     from onlay.training.checkpoint import Checkpoints
 
     section = recipe.adapter

@@ -68,6 +68,8 @@ def loss_bytes(shape: Shape, tokens: int) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What may still be allocated: free on the GPU or in this process's pool, within its share of the GPU, less the spare."""
+    # Accelerate's device has no number, and not every function of torch takes the current one for it.
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     pool = torch.cuda.memory_reserved(device) - allocated

@@ -81,6 +81,8 @@ class Parts:
     """onlay.evaluation.scores.label_scores, of a head's predictions; the other methods need none."""
     loftq: LoftqFactors | None = None
     """What a LoftQ adapter begins with, made while the base was quantized; None where a checkpoint's weights follow."""
+    levels: Sequence[str] = ()
+    """What each layer keeps, as the run's plan has it (onlay/model/keep.py); empty where there is no plan."""
 
 
 def train_adapter(parts: Parts, *, resume: bool) -> Run:
@@ -107,7 +109,7 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
         progress.proofs["loftq"] = parts.loftq.errors()
     metrics = _open_metrics(parts, keep_bytes=progress.metrics_bytes)
     fast_paths = {"layout": layout.reason, "attention": layout.attention} | base.notes
-    fused = fuse(model, layout=layout, dtype=base.compute_dtype)
+    fused = fuse(base.model, layout=layout, dtype=base.compute_dtype)
     fast_paths |= fused.notes
     movement = MovementProof(model, trainable, done="movement" in progress.proofs, owners=fused.owners)
     if left_out:
@@ -187,6 +189,11 @@ def _recompute(parts: Parts, progress: Progress, fused: Fused, trainable: dict[s
     if training.offload_activations and device.type != "cuda":
         raise needs_gpu("offload_activations", "it moves activations from its memory to the host's")
     # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
+    planned = parts.levels if training.recompute == "auto" and not progress.recompute_layers else ()
+    if planned and len(planned) == len(recompute.layers):
+        if set(planned) - {"none"}:
+            recompute.set_levels(planned)
+        return recompute
     all_layers = training.recompute == "all" or (training.recompute == "auto" and training.offload_activations)
     if progress.recompute_layers or all_layers or isinstance(training.recompute, int):
         recompute.switch_on(training.recompute if isinstance(training.recompute, int) else None)
@@ -443,7 +450,7 @@ def _finish(
                 p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(artefact.iterdir()) if p.is_file()
             }
             run = run.model_copy(update={"proofs": run.proofs | {"artefact_sha256": saved}})
-    unfuse(model)
+    unfuse(parts.base.model)
     use_attention(parts.base.model, parts.base.attention)
     parts.devices.wait()
     return run

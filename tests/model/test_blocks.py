@@ -12,6 +12,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from onlay.model.adapter import attach
+from onlay.model.blocks import Adapted, adapted_group, examples_of
 from onlay.model.fuse import fuse
 from onlay.model.quantize import QuantizedLinear
 from tests.builders import AllFloat64, shake, tiny_model
@@ -210,3 +211,103 @@ def test_quantized_bases_are_as_near_to_float64_as_pefts(
     assert called["attentions"] == called["MLPs"] == 2
     assert 0 < fast[0] <= 2 * ordinary[0]
     assert 0 < fast[1] <= 2 * ordinary[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------ groups
+
+
+def layers_of(model: Any, *names: str) -> list[Any]:
+    return [model.get_base_model().model.layers[0].get_submodule(name) for name in names]
+
+
+GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+
+
+def group_of(model: Any, *names: str) -> Adapted | str:
+    return adapted_group(layers_of(model, *names), dtype=torch.float64, keep_transposed=False)
+
+
+def test_a_group_is_its_layers_with_their_adapters() -> None:
+    model = adapted(targets=["up_proj", "down_proj"], rank=3, alpha=7.0, dropout=0.2)
+    gate, up, down = layers_of(model, GATE, UP, DOWN)
+    both, one = group_of(model, GATE, UP), group_of(model, DOWN)
+    assert isinstance(both, Adapted) and isinstance(one, Adapted)
+    assert (both.group.sizes, both.group.ranks, both.group.scales, both.group.dropout) == (
+        (64, 64),
+        (0, 3),
+        (7 / 3,),
+        0.2,
+    )
+    assert both.adapters == [up]
+    assert [p.data_ptr() for p in both.parameters()] == [
+        up.lora_A.default.weight.data_ptr(),
+        up.lora_B.default.weight.data_ptr(),
+    ]
+    assert torch.equal(both.group.frozen.weight, torch.cat([gate.weight, up.base_layer.weight]))  # type: ignore[attr-defined]
+    assert gate.weight.data_ptr() == both.group.frozen.weight.data_ptr(), "joined without a second copy"  # type: ignore[attr-defined]
+    assert one.parameters()[0] is down.lora_A.default.weight
+
+
+def other_dropout(model: Any) -> None:
+    [up] = layers_of(model, UP)
+    up.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def trains(model: Any) -> None:
+    layers_of(model, UP)[0].base_layer.weight.requires_grad_(True)
+
+
+def narrower(model: Any) -> None:
+    layers_of(model, UP)[0].base_layer.bfloat16()
+
+
+def packed(model: Any) -> None:
+    [up] = layers_of(model, UP)
+    up.base_layer = QuantizedLinear.from_linear(up.base_layer, storage="int8")
+
+
+def second(model: Any) -> None:
+    model.add_adapter("second", model.peft_config["default"])
+
+
+NO_GROUP: dict[str, tuple[Callable[[Any], None], str]] = {
+    "dropouts": (other_dropout, "adapters with different dropout share an input"),
+    "a layer that trains": (trains, "a base layer that trains"),
+    "another precision": (narrower, "weights in bfloat16 for work in float64"),
+    "another storage": (packed, "layers of different kinds cannot be joined: int8, torch.float64"),
+    "two adapters": (second, "several adapters"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), NO_GROUP.values(), ids=NO_GROUP.keys())
+def test_layers_that_are_no_group_say_why(change: Callable[[Any], None], reason: str) -> None:
+    model = adapted(rank=3)
+    assert isinstance(group_of(model, GATE, UP), Adapted)
+    change(model)
+    assert group_of(model, GATE, UP) == reason
+
+
+def test_a_group_is_used_while_its_adapters_are() -> None:
+    model = adapted(rank=3)
+    found = group_of(model, GATE, UP)
+    assert isinstance(found, Adapted)
+    assert found.is_plain()
+    with model.disable_adapter():
+        assert not found.is_plain()
+    layers_of(model, UP)[0].merge()
+    assert not found.is_plain()
+    layers_of(model, UP)[0].unmerge()
+    assert found.is_plain()
+    model.add_adapter("second", model.peft_config["default"])
+    assert not found.is_plain()
+
+
+def test_rows_are_examples_unless_borders_are_told() -> None:
+    x = torch.zeros(3, 5, 2)
+    rows = examples_of(x, {})
+    assert (rows.borders.tolist(), rows.longest, rows.equal) == ([0, 5, 10, 15], 5, 5)
+    one = torch.zeros(1, 9, 2)
+    told = examples_of(one, {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "max_length_q": 5})
+    assert (told.borders.tolist(), told.longest, told.equal) == ([0, 4, 9], 5, None)
+    told = examples_of(one, {"cu_seq_lens_q": torch.tensor([0, 3, 6, 9]), "max_length_q": 3})
+    assert (told.longest, told.equal) == (3, 3)

@@ -1,7 +1,7 @@
 """Each op of the training step on a GPU: milliseconds of its kernel, of its plain torch form, and of its floor.
 
-    python bench/kernels.py [--ops gated rotate ...] [--tokens 16384] [--out bench/results/kernels.csv]
-    python bench/kernels.py --tiny      small shapes on a CPU, to try the script: the plain forms alone run there
+    python bench/ops.py [--ops gated rotate ...] [--tokens 16384] [--out bench/results/kernels.csv]
+    python bench/ops.py --tiny      small shapes on a CPU, to try the script: the plain forms alone run there
 
 Shapes are those of an 8B base in bf16: D = 4096, I = 14336, 32 and 8 heads of 128, rank 16, 128,256 classes.  An op's floor is
 what it must read and write once over the speed of a copy on this GPU, or its products over that of a large bf16 product, both
@@ -31,10 +31,6 @@ from torch.nn import functional
 
 from onlay.kernels import chunked_loss, fp8, fp8_rows, gated, normalise, residual, rotate, softmax_gradient
 from onlay.kernels.updates import Update
-
-if __name__ != "__main__":
-    # transformers asks for an optional package of this name, and finds this file when a script beside it runs.
-    raise ImportError("bench/kernels.py is a benchmark, not the package of this name")
 
 REPEATS = 15
 PEERS = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
@@ -286,7 +282,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "tokens": sizes.tokens, "copy_gb_per_second": round(bandwidth / 1e9), "product_tflops": round(rate / 1e12, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} cpu",
         **{name: installed(name) for name in VERSIONS},
-        "commit": arguments.commit or commit.stdout.strip(), "command": " ".join(["bench/kernels.py", *sys.argv[1:]]),
+        "commit": arguments.commit or commit.stdout.strip(), "command": " ".join(["bench/ops.py", *sys.argv[1:]]),
     }  # fmt: skip
     for name, package in PEERS.items():
         if not find_spec(package):
