@@ -125,7 +125,7 @@ def budget_table(rows: Sequence[Row]) -> str:
         cells = []
         for system in best:
             row = best[system][budget]
-            cells.append("does not fit" if row is None else f"**{int(float(row['tokens_per_second'])):,}**: {told_settings(row)}")  # fmt: skip
+            cells.append("none measured that fits" if row is None else f"**{int(float(row['tokens_per_second'])):,}**: {told_settings(row)}")  # fmt: skip
         lines.append(f"| {budget} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
