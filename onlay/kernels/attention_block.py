@@ -24,8 +24,7 @@ from torch.autograd.function import once_differentiable
 from onlay.kernels.causal_attention import Attended, Examples, attend, attend_backward
 from onlay.kernels.fp8 import quantize_rows
 from onlay.kernels.lora_group import Factors, Group, draw_seed
-from onlay.kernels.mlp_block import Norm, gradients_through_norm, input_gradient
-from onlay.kernels.normalise import normalise
+from onlay.kernels.mlp_block import Norm, entered, gradients_through_norm, input_gradient
 from onlay.kernels.residual import add_update
 from onlay.kernels.rotate import Heads, Updates, rotate, rotate_backward
 
@@ -68,15 +67,8 @@ class _Kept:
 def _through(
     x: Tensor, cos: Tensor, sin: Tensor, block: AttentionBlock, inner: Factors, examples: Examples, *, seed: int
 ) -> _Kept:
-    r, plain, rows = None, x, None
-    fp8 = block.inner.frozen.fp8
-    if block.norm is not None:
-        normed = normalise(x, block.norm.weight, eps=block.norm.eps, offset=block.norm.offset, quantize=fp8)
-        assert normed.y is not None
-        plain, r, rows = normed.y, normed.r, normed.rows
-    elif fp8:
-        rows = quantize_rows(x)
-    y = inner.product(plain if rows is None else rows)
+    plain, given, r = entered(x, block.norm, fp8=block.inner.frozen.fp8)
+    y = inner.product(given)
     hidden = inner.hidden_of(plain, seed=seed)
     turned = rotate(y, cos, sin, heads=block.heads, updates=_three(inner, hidden, block))
     attended = attend(turned.q, turned.k, turned.v, examples, scale=block.scale, window=block.window)

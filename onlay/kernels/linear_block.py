@@ -5,7 +5,7 @@
 Layout.  x (..., I) -> (..., O).
 Kept for the backward.  x and h.
 Precision.  Products in the dtype of x with sums in float32; y is rounded once more when the adapter's part is added.
-When it is *not* used.  On a CPU in float32, where onlay/kernels/lora_linear.py has a form that is faster there; with DoRA.
+When it is *not* used.  With DoRA.
 Source: LoRA (arXiv:2106.09685), equation 3.
 """
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from onlay.kernels.fp8 import quantize_rows
+from onlay.kernels.fp8_rows import Fp8Rows
 from onlay.kernels.gated import Activation, gated, gated_backward
 from onlay.kernels.lora_group import Factors, Group, draw_seed
 from onlay.kernels.normalise import normalise, normalise_backward
@@ -65,17 +66,19 @@ class _Kept:
     hidden_out: Tensor | None
 
 
+def entered(x: Tensor, norm: Norm | None, *, fp8: bool) -> tuple[Tensor, Tensor | Fp8Rows, Tensor | None]:
+    """norm(x), or x: as the adapters are given it, as the frozen weights are given it, and r of the norm."""
+    if norm is None:
+        return x, quantize_rows(x) if fp8 else x, None
+    normed = normalise(x, norm.weight, eps=norm.eps, offset=norm.offset, quantize=fp8)
+    assert normed.y is not None
+    return normed.y, normed.y if normed.rows is None else normed.rows, normed.r
+
+
 def _through(x: Tensor, block: MlpBlock, inner: Factors, *, seed: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """gate and up (T, 2 I), h, and r of the norm."""
-    r, plain, rows = None, x, None
-    fp8 = block.inner.frozen.fp8
-    if block.norm is not None:
-        normed = normalise(x, block.norm.weight, eps=block.norm.eps, offset=block.norm.offset, quantize=fp8)
-        assert normed.y is not None
-        plain, r, rows = normed.y, normed.r, normed.rows
-    elif fp8:
-        rows = quantize_rows(x)
-    return inner.product(plain if rows is None else rows), inner.hidden_of(plain, seed=seed), r
+    plain, given, r = entered(x, block.norm, fp8=block.inner.frozen.fp8)
+    return inner.product(given), inner.hidden_of(plain, seed=seed), r
 
 
 def _forward(

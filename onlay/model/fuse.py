@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from onlay.kernels.attention_block import AttentionBlock
 from onlay.kernels.causal_attention import has_kernel
 from onlay.kernels.linear_block import linear_block
-from onlay.kernels.lora_linear import lora_linear
 from onlay.kernels.mlp_block import MlpBlock
 from onlay.kernels.norm_block import norm_block
 from onlay.model.attention import Layout, packed_arguments, watch_attention
-from onlay.model.blocks import Adapted, FusedAttention, FusedMlp, adapted_group, base_of, examples_of, why_not
+from onlay.model.blocks import Adapted, FusedAttention, FusedMlp, adapted_group, examples_of, why_not
 from onlay.model.forms import AttentionForm, LayerForm, attention_form, layer_form, mlp_form, norm_of
 from onlay.model.recompute import find_layers
 
@@ -104,7 +103,7 @@ def fuse(model: nn.Module, *, layout: Layout, dtype: torch.dtype) -> Fused:
 
 def unfuse(model: nn.Module) -> None:
     """Every module as transformers and PEFT made it."""
-    ours = {_layer_forward, _attention_forward, _mlp_forward, _linear_forward, _cpu_linear_forward, _norm_forward}
+    ours = {_layer_forward, _attention_forward, _mlp_forward, _linear_forward, _norm_forward}
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func in ours:
@@ -322,11 +321,7 @@ class _Work:
         if not is_adapted or "forward" in vars(module):
             return
         reason = why_not(module, self.dtype)
-        if reason is None and self.device.type == "cpu":
-            reason = _why_not_on_cpu(module)
-            if reason is None:
-                module.forward = partial(_cpu_linear_forward, module)
-        elif reason is None:
+        if reason is None:
             found = adapted_group([module], dtype=self.dtype, keep_transposed=self._transposed())
             if isinstance(found, Adapted):
                 module.forward = partial(_linear_forward, module, found, self.dtype)
@@ -359,23 +354,6 @@ def _why_not_attention(
         return f"its attention has {', '.join(told['extras'])}"
     if vars(module).get("attention_dropout"):
         return "dropout in its attention"
-    return None
-
-
-def _why_not_on_cpu(module: Any) -> str | None:
-    """lora_linear has neither dropout nor 16 bit nor packed weights."""
-    base = base_of(module)
-    if type(base) is not nn.Linear:
-        return f"adapters on {type(base).__name__}"
-    if base.weight.dtype not in (torch.float32, torch.float64):
-        return f"weights in {str(base.weight.dtype).removeprefix('torch.')}"
-    [adapter] = module.lora_A
-    if not isinstance(module.lora_dropout[adapter], nn.Identity):
-        return "dropout"
-    if module.lora_A[adapter].weight.dtype != base.weight.dtype:
-        return "an adapter of another precision than its weights"
-    if base.bias is not None and base.bias.requires_grad:
-        return "a base layer that trains"
     return None
 
 
@@ -454,17 +432,6 @@ def _linear_forward(module: Any, adapted: Adapted, dtype: torch.dtype, x: Tensor
     if args or told or not _works_in(x, dtype) or not adapted.is_plain() or trains_dropout:
         return type(module).forward(module, x, *args, **told)
     return linear_block(x, adapted.group, adapted.parameters())
-
-
-def _cpu_linear_forward(module: Any, x: Tensor, *args: Any, **told: Any) -> Tensor:
-    [adapter] = module.lora_A
-    aside = module.disable_adapters or module.merged or adapter not in module.active_adapters or args or told
-    base = module.base_layer
-    if aside or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
-        ordinary: Tensor = type(module).forward(module, x, *args, **told)
-        return ordinary
-    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return lora_linear(x, base.weight, base.bias, a, b, module.scaling[adapter])
 
 
 def _norm_forward(module: Any, norm: Norm, hidden_states: Tensor, *args: Any, **told: Any) -> Any:

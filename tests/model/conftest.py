@@ -27,7 +27,6 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
     count(blocks, "attention_block", "attentions")
     count(blocks, "mlp_block", "MLPs")
-    for name in ("lora_linear", "linear_block"):
-        count(fuse_module, name, "other linear layers")
+    count(fuse_module, "linear_block", "other linear layers")
     count(fuse_module, "norm_block", "other norms")
     return counts

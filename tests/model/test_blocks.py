@@ -137,8 +137,6 @@ def test_dropout_is_of_training_alone(called: Counts) -> None:
 
 REASONS: dict[str, tuple[Callable[[], Any], str, int]] = {
     "DoRA": (lambda: adapted(method="dora"), "DoRA", 14),
-    "trained biases, layer by layer": (lambda: adapted("opt", bias="all"), "a base layer that trains", 12),
-    "dropout, layer by layer": (lambda: adapted("bloom", dropout=0.1), "dropout", 8),
     "half precision": (
         lambda: adapted(dtype=torch.bfloat16), "weights in bfloat16 for work in float64", 14,
     ),
@@ -311,3 +309,20 @@ def test_rows_are_examples_unless_borders_are_told() -> None:
     assert (told.borders.tolist(), told.longest, told.equal) == ([0, 4, 9], 5, None)
     told = examples_of(one, {"cu_seq_lens_q": torch.tensor([0, 3, 6, 9]), "max_length_q": 3})
     assert (told.longest, told.equal) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("opt", {"bias": "all"}), ("bloom", {"dropout": 0.1})], ids=["trained biases", "dropout"]
+)
+def test_layers_that_no_block_covers_are_one_node_each_with_biases_and_dropout(
+    name: str, fields: dict[str, Any]
+) -> None:
+    with AllFloat64():
+        model = adapted(name, **fields)
+        logits, gradients = run(model)
+        fused = fuse(model, layout=PADDED, dtype=torch.float64)
+        fast, fast_gradients = run(model)
+    assert "other linear layers" in fused.notes["fused"]
+    assert distance(fast, logits) <= 1e-12
+    for key, expected in gradients.items():
+        assert distance(fast_gradients[key], expected) <= 1e-12, key
