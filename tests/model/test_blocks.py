@@ -324,5 +324,7 @@ def test_layers_that_no_block_covers_are_one_node_each_with_biases_and_dropout(
         fast, fast_gradients = run(model)
     assert "other linear layers" in fused.notes["fused"]
     assert distance(fast, logits) <= 1e-12
+    most = max(float(expected.norm()) for expected in gradients.values())
     for key, expected in gradients.items():
-        assert distance(fast_gradients[key], expected) <= 1e-12, key
+        # A key's bias moves all scores of a query alike: its gradient is nothing but rounding.
+        assert float((fast_gradients[key] - expected).norm()) <= 1e-12 * max(float(expected.norm()), 1e-3 * most), key
