@@ -254,7 +254,7 @@ def test_memory_appends_a_row(
     [made] = csv.DictReader(out.open(newline="", encoding="utf-8"))
     with (BENCH / "results" / "memory.csv").open(newline="", encoding="utf-8") as file:
         assert set(csv.DictReader(file).fieldnames or ()) <= made.keys()  # Old rows and new ones have one header.
-    assert made["recomputed"] == "the first 1 of 2 layers" and made["commit"] == "c"
+    assert made["recomputed"] == "all but its input of 1 of 2 layers" and made["commit"] == "c"
     with pytest.raises(SystemExit):
         bench.memory.parse(["--steps", "1"])
 

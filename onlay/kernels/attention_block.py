@@ -6,7 +6,7 @@ What and why.  As onlay/kernels/mlp_block.py: what is cheap is computed again, a
 allow.  Queries, keys and values before the rotation are not kept, and their gradients are written side by side for one product.
 norm and residual may be missing, where a layer has another form around its attention.
 Kept for the backward.  x and one number a row; q, k, v, o and what the attention keeps; h of each group.  Where queries and keys are
-normalised by head, also the product before the rotation.  With `keep = False` x alone, and all but the output's product is done once more.
+normalised by head, also the product before the rotation.  With `keep = False` x and h of the last group alone, and all but the output's product is done once more.
 Precision.  That of the ops it is made of (normalise, rotate, causal_attention, lora_group).
 When it is *not* used.  For attentions of another form; onlay/model/fuse.py tries what it recognises.
 Sources.  As in the files of the ops.
@@ -87,7 +87,7 @@ class _AttentionBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: AttentionBlock, examples: Examples, *parameters: Tensor
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             inner, outer = _factors(block, parameters, x.dtype)
             seeds = draw_seed(block.inner), draw_seed(block.outer)
             kept = _through(rows, cos, sin, block, inner, examples, seed=seeds[0])
@@ -96,6 +96,7 @@ class _AttentionBlock(torch.autograd.Function):
             hidden_out = outer.hidden_of(o, seed=seeds[1])
             out = add_update(y, update=outer.updates(hidden_out)[0], residual=rows if block.residual else None)
         ctx.block, ctx.examples, ctx.seeds, ctx.shape, ctx.keep = block, examples, seeds, x.shape, block.keep
+        ctx.way = kept.attended.way
         # The rounded factors are small: kept where anything is.
         ctx.factors = (inner, outer) if block.keep else None
         tensors: list[Tensor | None] = [rows, cos, sin, hidden_out, *parameters]
@@ -123,7 +124,7 @@ class _AttentionBlock(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad.reshape(x.shape).contiguous()
             inner, outer = ctx.factors or _factors(block, rest[:count], x.dtype)
-            kept = _unpacked(rest[count:]) if ctx.keep else _through(
+            kept = _unpacked(rest[count:], ctx.way) if ctx.keep else _through(
                 x, cos, sin, block, inner, ctx.examples, seed=ctx.seeds[0]
             )  # fmt: skip
             o = kept.attended.o.flatten(1)
@@ -147,9 +148,9 @@ class _AttentionBlock(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found
 
 
-def _unpacked(tensors: list[Any]) -> _Kept:
+def _unpacked(tensors: list[Any], way: str) -> _Kept:
     r, q, k, v, hidden, y, head_r, o, *more = tensors
-    return _Kept(r, q, k, v, Attended(o, tuple(more)), hidden, y, head_r)
+    return _Kept(r, q, k, v, Attended(o, tuple(more), way), hidden, y, head_r)
 
 
 def _factors(block: AttentionBlock, parameters: Any, dtype: torch.dtype) -> tuple[Factors, Factors]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,33 +55,34 @@ class Attended:
     """(T, H, D)"""
     kept: tuple[Tensor, ...]
     """Beside q, k, v and o, for the backward."""
+    way: str
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, examples: Examples, *, scale: float, window: int | None = None) -> Attended:
     """o (T, H, D).  window: tokens that a token sees, itself among them; None: all before it."""
-    way = choose(q, examples, window=window)
+    way = choose(q, examples, window=window, groups=k.shape[1])
     if way == "cudnn":
         rows = [_rows(x, examples) for x in (q, k, v)]
         out, lse, *_, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
             *rows, None, None, None, examples.longest, examples.longest, True, 0.0, True, False, scale=scale
         )
-        return Attended(_tokens(out), (lse, seed, offset))
+        return Attended(_tokens(out), (lse, seed, offset), way)
     if way == "flash":
         out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, examples.borders, examples.borders, examples.longest, examples.longest, 0.0, True, False,
             scale=scale, **_window(window),
         )  # fmt: skip
-        return Attended(out, (lse, seed, unused))
+        return Attended(out, (lse, seed, unused), way)
     if way == "blocks":
         out, kept = attend_in_blocks(
             _grouped(q, k, examples), _rows(k, examples).flatten(0, 1), _rows(v, examples).flatten(0, 1), scale
         )
-        return Attended(_ungrouped(out, q, examples), kept)
+        return Attended(_ungrouped(out, q, examples), kept, way)
     if way == "host":
         rows = [_rows(x, examples) for x in (q, _repeated(k, q), _repeated(v, q))]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, True, scale=scale)
-        return Attended(_tokens(out), (lse,))
-    return Attended(reference(q, k, v, examples, scale=scale, window=window), ())
+        return Attended(_tokens(out), (lse,), way)
+    return Attended(reference(q, k, v, examples, scale=scale, window=window), (), way)
 
 
 def attend_backward(
@@ -88,7 +90,7 @@ def attend_backward(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq (T, H, D), dk and dv (T, G, D) of grad (T, H, D)."""
-    way = choose(q, examples, window=window)
+    way = attended.way
     if way == "cudnn":
         lse, seed, offset = attended.kept
         grad, q, k, v, out = (_rows(x, examples) for x in (grad, q, k, v, attended.o))
@@ -122,7 +124,7 @@ def attend_backward(
     return dq, dk, dv
 
 
-def choose(q: Tensor, examples: Examples, *, window: int | None) -> str:
+def choose(q: Tensor, examples: Examples, *, window: int | None, groups: int) -> str:
     """One of the ways above."""
     if q.device.type == "cpu":
         if examples.equal is None or window is not None or q.dtype not in (torch.float32, torch.float64):
@@ -133,7 +135,29 @@ def choose(q: Tensor, examples: Examples, *, window: int | None) -> str:
     even = examples.equal is not None and examples.equal >= LEAST_CUDNN and examples.equal % EVEN_CUDNN == 0
     if not even or window is not None or q.shape[-1] > WIDEST_CUDNN:
         return "flash"
-    return "cudnn" if torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled() else "flash"
+    return "cudnn" if has_cudnn(q.shape[-1], q.shape[1], groups, device=q.device, dtype=q.dtype) else "flash"
+
+
+@cache
+def has_cudnn(width: int, queries: int, groups: int, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN has a kernel for such heads on this GPU, forward and backward: tried on one short example."""
+    if not (torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()):
+        return False
+    q, k, v = (
+        torch.zeros(1, heads, LEAST_CUDNN, width, device=device, dtype=dtype) for heads in (queries, groups, groups)
+    )
+    try:
+        out, lse, *_, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, None, None, LEAST_CUDNN, LEAST_CUDNN, True, 0.0, True, False, scale=1.0
+        )
+        torch.ops.aten._cudnn_attention_backward(
+            out, q, k, v, out, lse, seed, offset, None, None, None, LEAST_CUDNN, LEAST_CUDNN, 0.0, True, scale=1.0
+        )  # fmt: skip
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return True
 
 
 def has_kernel(width: int, *, device: torch.device, dtype: torch.dtype) -> bool:

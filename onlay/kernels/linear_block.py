@@ -31,7 +31,7 @@ class _LinearBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, *parameters: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             factors = Factors.of(group, parameters, x.dtype)
             seed = draw_seed(group)
             y = factors.product(quantize_rows(rows) if group.frozen.fp8 else rows)

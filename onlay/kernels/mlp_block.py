@@ -6,7 +6,7 @@ What and why.  Autograd would keep every result on this way, gate and up each se
 op.  Here what is cheap is computed again from what is kept, and each wide row is touched as few times as its products allow:
 onlay/kernels/normalise.py and gated.py.  norm and residual may be missing, where a layer has another form around its MLP.
 Kept for the backward.  x and one number a row, gate and up as the base computed them, and h of each group; with `keep = False`
-x alone, and the first product is done once more.
+x and h of the last group alone, and the first product is done once more.
 Tokens in tiles.  Rows do not depend on one another: with `tile_tokens` the node goes over them part by part, keeps x alone, and the
 widest rows never exist for more than a tile.
 Precision.  That of the ops it is made of: matrix products in the dtype of x, sums and everything between in float32.
@@ -159,7 +159,7 @@ class _MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: MlpBlock, *parameters: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             inner, outer = _factors(block, parameters, x.dtype)
             seeds = draw_seed(block.inner), draw_seed(block.outer)
             tile = block.tile_tokens

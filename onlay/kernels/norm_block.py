@@ -29,7 +29,7 @@ def norm_block(x: Tensor, norm: Norm) -> Tensor:
 class _NormBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         normed = normalise(rows, norm.weight, eps=norm.eps, offset=norm.offset)
         assert normed.y is not None
         ctx.norm = norm
@@ -41,5 +41,5 @@ class _NormBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, r = ctx.saved_tensors
         # Copied: normalise_backward may write over what it is given, and this gradient is autograd's.
-        given = grad.reshape(rows.shape).clone()
+        given = grad.reshape(rows.shape).clone(memory_format=torch.contiguous_format)
         return normalise_backward(given, rows, ctx.norm.weight, r, offset=ctx.norm.offset).view(grad.shape), None

@@ -71,14 +71,17 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 def mlp_form(module: nn.Module) -> MlpForm | None:
     children = children_of(module)
     activation = next((children.pop(name) for name in _ACTIVATIONS if name in children), None)
-    kind = None if activation is None else _activation_of(activation)
+    if activation is None or set(children) not in (
+        {"gate_proj", "up_proj", "down_proj"},
+        {"gate_up_proj", "down_proj"},
+    ):
+        return None
+    kind = _activation_of(activation)
     if kind is None:
         return None
     if set(children) == {"gate_proj", "up_proj", "down_proj"}:
         return MlpForm((children["gate_proj"], children["up_proj"]), children["down_proj"], kind)
-    if set(children) == {"gate_up_proj", "down_proj"}:
-        return MlpForm((children["gate_up_proj"],), children["down_proj"], kind)
-    return None
+    return MlpForm((children["gate_up_proj"],), children["down_proj"], kind)
 
 
 def attention_form(module: Any, config: Any) -> AttentionForm | None:
@@ -89,7 +92,10 @@ def attention_form(module: Any, config: Any) -> AttentionForm | None:
     width = vars(module).get("head_dim")
     if out is None or names is None or not isinstance(width, int):
         return None
-    norms = [norm_of(children.pop(name)) if name in children else None for name in _HEAD_NORMS]
+    named = [name for name in _HEAD_NORMS if name in children]
+    norms = [norm_of(children.pop(name)) if name in named else None for name in _HEAD_NORMS]
+    if len(named) != sum(norm is not None for norm in norms):
+        return None
     if set(children) != {out, *names} or (norms[0] is None) != (norms[1] is None):
         return None
     if any(norm is not None and norm.weight.shape != (width,) for norm in norms):
@@ -127,6 +133,8 @@ def norm_of(module: Any) -> Norm | None:
 
 
 def _activation_of(function: Any) -> Activation | None:
+    if isinstance(function, nn.Module) and any(True for _ in (*function.parameters(), *function.buffers())):
+        return None  # One that learns, or keeps numbers where the base is.
     x = torch.linspace(-4, 4, 33)
     known: dict[Activation, torch.Tensor] = {
         "silu": functional.silu(x), "gelu": functional.gelu(x), "gelu_tanh": functional.gelu(x, approximate="tanh"),

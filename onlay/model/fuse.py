@@ -162,7 +162,8 @@ class _Work:
         calls: dict[nn.Module, _Call] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            found = out[0] if isinstance(out, tuple) else out
+            # An attention returns its weights too; a layer that returns more than its rows is of another form.
+            found = out[0] if isinstance(out, tuple) and module not in self.layers else out
             if isinstance(found, Tensor):
                 calls[module] = _Call(args, kwargs, found)
 
@@ -175,6 +176,11 @@ class _Work:
                 # Once more: a base may treat an attention that it does not know otherwise, in its masks for example.
                 hooks += [module.register_forward_hook(note, with_kwargs=True) for module in wanted]
                 self.base.get_decoder()(**probe)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.fused.leave(f"the base does not run by itself ({type(error).__name__})", type(self.base).__name__)
+            return {}
         finally:
             for hook in hooks:
                 hook.remove()
@@ -428,8 +434,8 @@ def _mlp_forward(module: Any, fused: FusedMlp, dtype: torch.dtype, x: Tensor, *a
 
 
 def _linear_forward(module: Any, adapted: Adapted, dtype: torch.dtype, x: Tensor, *args: Any, **told: Any) -> Any:
-    trains_dropout = adapted.group.dropout and not module.training
-    if args or told or not _works_in(x, dtype) or not adapted.is_plain() or trains_dropout:
+    dropout_is_off = adapted.group.dropout and not module.training
+    if args or told or not _works_in(x, dtype) or not adapted.is_plain() or dropout_is_off:
         return type(module).forward(module, x, *args, **told)
     return linear_block(x, adapted.group, adapted.parameters())
 

@@ -98,11 +98,15 @@ class Recompute:
         self.set_levels(["layer"] * count + ["none"] * (len(self.layers) - count))
 
     def set_levels(self, levels: Sequence[str]) -> None:
-        """A level for each layer, from the next forward on."""
-        self.switch_off()
+        """A level for each layer, from the next forward on.  A layer without blocks is recomputed whole or not at all."""
+        levels = [
+            level if level in ("none", *WHOLE) or self._blocks.get(layer) else "layer"
+            for layer, level in zip(self.layers, levels, strict=True)
+        ]
+        self._layers_off()
         if self._embedding is not None:
             self._embedding.move_out()
-        self.levels = list(levels)
+        self.levels = levels
         for layer, level in zip(self.layers, levels, strict=True):
             apply_level(self._blocks.get(layer, ()), level)
             if level in WHOLE:
@@ -114,15 +118,21 @@ class Recompute:
         """All layers one level further; False when there is none."""
         if not self.layers:
             return False
-        if set(self.levels) <= {"none", "mlp", "blocks"}:
+        if not self.levels or not set(self.levels) <= set(WHOLE):
             self.switch_on()
             return True
-        if "tiles" not in self.levels and self._blocks:
+        if set(self.levels) != {"tiles"} and self._blocks:
             self.set_levels(["tiles"] * len(self.layers))
             return True
         return False
 
     def switch_off(self) -> None:
+        """Everything as it was."""
+        self._layers_off()
+        if self._embedding is not None:
+            self._embedding.put_back()
+
+    def _layers_off(self) -> None:
         for layer, before in self._before.items():
             if before is None:
                 del layer.forward
@@ -132,8 +142,6 @@ class Recompute:
         for blocks in self._blocks.values():
             apply_level(blocks, "none")
         self.levels = []
-        if self._embedding is not None:
-            self._embedding.put_back()
 
     def _forward(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):

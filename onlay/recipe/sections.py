@@ -257,7 +257,7 @@ class TrainingSection(Section):
     )
     recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Layers whose activations are computed again in the backward pass instead of kept: none, all, or the first k; auto: none, and all once memory runs out for a single example, or at once with offload_activations.",
+        description="Layers whose activations are computed again in the backward pass instead of kept: none, all, or the first k; auto: as few and as little of each as the GPU's memory asks for, all once it runs out for a single example, or at once with offload_activations.",
     )
     offload_activations: bool = Field(
         False, description="What recomputed layers keep, and the input embedding, wait in pinned host memory."

@@ -18,7 +18,14 @@ from onlay.stages.following import follow_plan, follow_steps, plan_run, with_for
 from onlay.stages.preparing import Prepared, Source, as_recipe, check_device, look, prepare_source
 
 if TYPE_CHECKING:
+    import torch
+
+    from onlay.hardware import Hardware
     from onlay.model.initialize import LoftqFactors
+    from onlay.training.devices import Devices
+
+LEAST_FREE = 0.9
+"""Share of a GPU's memory that must be free for a plan, which goes by all of it."""
 
 
 def train(
@@ -66,7 +73,7 @@ def _resume(folder: Path, overrides: Sequence[str], report: Report) -> Run:
 
 def _check_free(folder: Path) -> None:
     # A run killed while it began has these files and no run.json yet: there is nothing in it to keep.
-    began = {"recipe.yaml", "model.json", "dataset.json"}
+    began = {"recipe.yaml", "model.json", "dataset.json", "plan.json"}
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - began):
         unfinished = (folder / "run.json").is_file() and Run.load(folder).status != "finished"
         remedy = (
@@ -103,9 +110,7 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
     hardware = find_hardware()
     made = Plan.load(folder) if resume and (folder / "plan.json").is_file() else None
     if not resume:
-        made = plan_run(
-            prepared, device=hardware.devices[0] if hardware.has_cuda else None, gpus=devices.world, report=report
-        )
+        made = _plan(prepared, hardware, devices, report)
         recipe = recipe if made is None else follow_plan(recipe, made)
     watch = None
     if made is not None:
@@ -148,6 +153,25 @@ def _train(source: Source, folder: Path, *, resume: bool, report: Report) -> Run
             run.save(folder)
         ledger.append(run, folder)
     return run
+
+
+def _plan(prepared: Prepared, hardware: Hardware, devices: Devices, report: Report) -> Plan | None:
+    """The plan of the first rank, for the smallest of the GPUs; None without a GPU, and where others use it: a plan counts on all of it."""
+    device = min(hardware.devices, key=lambda one: one.memory_bytes) if hardware.has_cuda else None
+    made = None
+    if device is not None and (share := _free_share(devices.device)) < LEAST_FREE:
+        report(f"no plan: {1 - share:.0%} of the GPU's memory is taken by others; what fits is found on the way")
+    else:
+        made = plan_run(prepared, device=device, gpus=devices.world, report=report)
+    text = devices.agree(made.to_json() if made is not None else "")
+    return Plan.model_validate_json(text) if text else None
+
+
+def _free_share(device: torch.device) -> float:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
+    return free / total
 
 
 def _tell_smallest_difference(prepared: Prepared, report: Report) -> None:

@@ -72,8 +72,8 @@ class Progress:
     seconds: float = 0.0
     broken_updates: list[int] = field(default_factory=list)
     """Steps at which memory ran out in the optimizer."""
-    recompute_layers: int = 0
-    """Layers that compute their activations again in the backward pass."""
+    levels: list[str] = field(default_factory=list)
+    """What each layer keeps for the backward pass (onlay/model/keep.py), where that is not all of it."""
     metrics_bytes: int = 0
     """Length of the metrics log: what stands behind is of work that was lost."""
     watch: dict[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ A guess, from shapes and free memory: what it gets wrong, out-of-memory recovery
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,18 +37,22 @@ class Fit:
 
 def fit(
     fused: Fused, layers: list[nn.Module], *, device: torch.device, wanted_tokens: int, longest_tokens: int, state_bytes: int,
-    item_bytes: int,
+    item_bytes: int, least: Callable[[int], int],
 ) -> Fit:  # fmt: skip
     """The micro-batch of at most `wanted_tokens`, or of the longest example, and a level for each layer.
 
-    state_bytes: what gradients and optimizer will take, which is not allocated yet.
+    state_bytes: what gradients and optimizer will take, which is not allocated yet.  least: the smallest number of all ranks', so that
+    they decide alike.
     """
     known = [fused.layers.get(layer, []) for layer in layers]
     if device.type != "cuda" or not layers or any(len(blocks) < 2 for blocks in known):
         return Fit(wanted_tokens, [])
     shapes = [shape_of(blocks, item_bytes=item_bytes) for blocks in known]
     return fit_into(
-        shapes, room_bytes=free_bytes(device) - state_bytes, wanted_tokens=wanted_tokens, longest_tokens=longest_tokens
+        shapes,
+        room_bytes=least(free_bytes(device)) - state_bytes,
+        wanted_tokens=wanted_tokens,
+        longest_tokens=longest_tokens,
     )
 
 

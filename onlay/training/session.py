@@ -134,9 +134,9 @@ def train_adapter(parts: Parts, *, resume: bool) -> Run:
         with _interruptible() as interrupted:
             task_status = run_loop(_with(task, interrupted=interrupted), progress)
         run = _outcome(parts, run, progress, task, recompute, status=task_status)
+        recompute.switch_off()  # First: it stands around the forwards that the fast path has put there.
         if task_status != "interrupted":
             run = _finish(parts, run, model, layout, trainable, checkpoints, progress, checksums, held)
-            recompute.switch_off()
     except OnlayError as error:
         # Kept in the record; the error goes on to the user.
         failed = _outcome(parts, run, progress, task, recompute, status="failed")
@@ -189,24 +189,26 @@ def _recompute(parts: Parts, progress: Progress, fused: Fused, trainable: dict[s
     if training.offload_activations and device.type != "cuda":
         raise needs_gpu("offload_activations", "it moves activations from its memory to the host's")
     # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
-    planned = parts.levels if training.recompute == "auto" and not progress.recompute_layers else ()
+    planned = progress.levels or parts.levels
     if planned and len(planned) == len(recompute.layers):
         if set(planned) - {"none"}:
             recompute.set_levels(planned)
+            progress.levels = recompute.levels
         return recompute
     all_layers = training.recompute == "all" or (training.recompute == "auto" and training.offload_activations)
-    if progress.recompute_layers or all_layers or isinstance(training.recompute, int):
+    if all_layers or isinstance(training.recompute, int):
         recompute.switch_on(training.recompute if isinstance(training.recompute, int) else None)
-        progress.recompute_layers = recompute.count
-    elif training.recompute == "auto" and training.micro_batch_tokens is None:
+        progress.levels = recompute.levels
+    elif training.recompute == "auto" and (training.micro_batch_tokens is None or parts.levels):
         chosen = fit(
             fused, recompute.layers, device=device, wanted_tokens=progress.budget_tokens,
             longest_tokens=int(parts.train_examples.lengths.max()), state_bytes=3 * sum(p.nbytes for p in trainable.values()),
-            item_bytes=parts.base.compute_dtype.itemsize,
+            item_bytes=parts.base.compute_dtype.itemsize, least=lambda value: -parts.devices.largest(-value),
         )  # fmt: skip
         progress.budget_tokens = min(progress.budget_tokens, chosen.tokens)
         if set(chosen.levels) - {"none"}:
             recompute.set_levels(chosen.levels)
+            progress.levels = recompute.levels
     return recompute
 
 
@@ -311,7 +313,7 @@ def _make_task(
     def save_memory(progress: Progress) -> str | None:
         if training.recompute != "auto" or not recompute.save_more():
             return None
-        progress.recompute_layers = recompute.count
+        progress.levels = recompute.levels
         return f"from now on the backward pass computes again {recompute.note}"
 
     watch = Watch(batch_size=training.batch_size)

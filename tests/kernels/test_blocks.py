@@ -16,6 +16,8 @@ from onlay.kernels.frozen import Stored
 from onlay.kernels.linear_block import linear_block
 from onlay.kernels.lora_group import Group
 from onlay.kernels.mlp_block import MlpBlock, Norm, mlp_block
+from onlay.kernels.norm_block import norm_block
+from onlay.kernels.normalise import normalise
 from onlay.kernels.residual import reference_mask
 from onlay.kernels.rotate import Heads
 
@@ -255,3 +257,18 @@ def test_a_first_block_has_no_gradient_for_its_input() -> None:
     mlp_block(x.clone().requires_grad_(), block, with_input).sum().backward()
     for parameter, other in zip((*first, *second), with_input, strict=True):
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_a_norm_of_some_columns_is_given_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSeek's norm of compressed keys is: a kernel wants its rows without gaps."""
+    given: list[bool] = []
+
+    def watched(x: Tensor, weight: Tensor, **options: Any) -> Any:
+        given.append(x.is_contiguous())
+        return normalise(x, weight, **options)
+
+    monkeypatch.setattr("onlay.kernels.norm_block.normalise", watched)
+    norm = Norm(weight=draw(5, seed=1), eps=1e-6)
+    x = draw(2, 3, 9, seed=2).requires_grad_()
+    agree(norm_block(x[..., :5], norm), plain_norm(x[..., :5], norm), [x])
+    assert given == [True]

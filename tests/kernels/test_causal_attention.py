@@ -71,10 +71,10 @@ def test_it_is_a_softmax_over_what_a_token_sees(
 def test_examples_of_one_length_have_kernels_on_a_cpu(width: int, way: str) -> None:
     """In float64 too: by definition only what they do not know, windows and examples of many lengths."""
     tensors = drawn((16, 16), heads=4, groups=2, width=width)
-    assert choose(tensors[0], examples_of((16, 16)), window=None) == way
+    assert choose(tensors[0], examples_of((16, 16)), window=None, groups=tensors[1].shape[1]) == way
     for lengths, window in (((16, 16), 3), ((20, 12), None)):
-        assert choose(tensors[0], examples_of(lengths), window=window) == "reference"
-    assert choose(tensors[0].bfloat16(), examples_of((16, 16)), window=None) == "reference"
+        assert choose(tensors[0], examples_of(lengths), window=window, groups=tensors[1].shape[1]) == "reference"
+    assert choose(tensors[0].bfloat16(), examples_of((16, 16)), window=None, groups=tensors[1].shape[1]) == "reference"
     found, expected = (run((16, 16), tensors, window=None) for run in (both_ways, dense_ways))
     for one, other in zip(found, expected, strict=True):
         assert_exact(one, other)
@@ -120,7 +120,7 @@ def test_the_kernels_are_as_near_to_float64_as_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tensors = drawn(lengths, heads=4, groups=2, width=width, dtype=dtype, device="cuda")
-    assert choose(tensors[0], examples_of(lengths, "cuda"), window=window) == way
+    assert choose(tensors[0], examples_of(lengths, "cuda"), window=window, groups=tensors[1].shape[1]) == way
     exact = dense_ways(lengths, tensors, window=window)
     ours = both_ways(lengths, tensors, window=window)
     monkeypatch.setattr("onlay.kernels.causal_attention.choose", lambda *_, **__: "reference")
@@ -132,4 +132,4 @@ def test_the_kernels_are_as_near_to_float64_as_the_definition(
 @pytest.mark.gpu
 def test_in_float32_a_gpu_has_the_definition_too() -> None:
     q = draw(8, 2, 64, seed=0, dtype=torch.float32, device="cuda")
-    assert choose(q, examples_of((8,), "cuda"), window=None) == "reference"
+    assert choose(q, examples_of((8,), "cuda"), window=None, groups=1) == "reference"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onlay.errors import RecipeError
 from onlay.model.adapter import attach
 from onlay.model.attention import Layout
-from onlay.model.fuse import fuse
+from onlay.model.fuse import fuse, unfuse
 from onlay.model.recompute import Recompute, find_layers
 from onlay.recipe import LoraAdapter
 from tests.builders import ARCHITECTURES, shake, tiny_model
@@ -220,3 +220,36 @@ def test_on_a_cpu_offloading_moves_nothing() -> None:
     recompute.switch_on()
     assert recompute.note == "all but its input of 2 of 2 layers, their inputs in host memory until then"
     assert_equal(gradients(model), expected)
+
+
+def test_what_is_partly_recomputed_can_still_save_more() -> None:
+    base, model = adapted("llama")
+    plain = Recompute(base)
+    plain.set_levels(["layer", "none"])
+    assert plain.save_more()
+    assert plain.levels == ["layer", "layer"]
+    assert not plain.save_more()
+    plain.switch_off()
+    fused = fuse(model, layout=PADDED, dtype=torch.float32)
+    mixed = Recompute(base, blocks=fused.layers)
+    mixed.set_levels(["tiles", "layer"])
+    assert mixed.save_more()
+    assert mixed.levels == ["tiles", "tiles"]
+
+
+def test_a_layer_without_blocks_is_recomputed_whole_where_less_was_meant() -> None:
+    base, _ = adapted("llama")
+    recompute = Recompute(base)
+    recompute.set_levels(["mlp", "none"])
+    assert recompute.levels == ["layer", "none"]
+    assert recompute.note == "all but its input of 1 of 2 layers"
+
+
+def test_what_was_fused_is_put_back_once_recomputation_is_off() -> None:
+    base, model = adapted("llama")
+    fused = fuse(model, layout=PADDED, dtype=torch.float32)
+    recompute = Recompute(base, blocks=fused.layers)
+    recompute.switch_on()
+    recompute.switch_off()
+    unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -264,7 +264,7 @@ def test_layers_are_recomputed_when_nothing_else_helps(workshop: Workshop, place
         "no layer",
         "all but its input of 2 of 2 layers",
     )
-    assert workshop.progress("run")["recompute_layers"] == 2
+    assert workshop.progress("run")["levels"] == ["layer", "layer"]
 
 
 def test_a_resumed_run_goes_on_recomputing(workshop: Workshop) -> None:
