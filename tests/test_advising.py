@@ -265,3 +265,10 @@ def test_the_page_fits_its_width(tmp_path: Path, width: int) -> None:
     assert "few-shot: 20 rows can be shown in the context" in " ".join(told.split())
     assert "If you train all the same:" in told
     assert max(len(line) for line in told.splitlines() if not line.startswith("Not said")) <= width
+
+
+def test_no_rows_are_refused() -> None:
+    done = call("--rows", "0", "--task", "style", code=2)
+    assert len(done.stderr.splitlines()) == 2 and "--rows" in done.stderr
+    with pytest.raises(RecipeError, match="--rows 0 are no rows"):
+        stages.advise(answers=Answers(rows=0, task="style"), gpu="none")

@@ -17,11 +17,15 @@ from rich.console import Console
 from onlay import stages
 from onlay.console.plan import MOST_RUNGS, compared_view, plan_drawing, plan_view, shown_rungs, table_view
 from onlay.errors import BaseModelError, OutputError, RecipeError, SetupError
+from onlay.planning.devices import find_gpu, read_gpus
 from onlay.planning.lengths import equal_rows
+from onlay.planning.memory import room_bytes
+from onlay.planning.planner import Job, Wishes
 from onlay.planning.table import hardware_table
 from onlay.recipe import parse_recipe, read_recipe
 from onlay.records import Plan
 from onlay.stages import lengths as remembered
+from onlay.stages import planning, plans
 from onlay.stages.lengths import KnownLengths, recall_lengths, remember_lengths
 from onlay.stages.plans import wishes_of
 
@@ -169,7 +173,7 @@ def test_impossible_wishes_are_answered_with_what_would_fit() -> None:
     assert done.returncode == 2
     problem, remedy = done.stderr.splitlines()
     assert "does not fit RTX 4090" in problem and "of its 24.0 GiB" in problem
-    assert "llama-3.1-70b fits " in remedy and "the largest well-known base that fits is" in remedy
+    assert "without that llama-3.1-70b needs " in remedy and "the largest well-known base that fits is" in remedy
     assert json.loads(done.stdout) == {"error": problem, "remedy": remedy}
 
 
@@ -271,7 +275,9 @@ def test_a_long_ladder_is_cut_and_its_ends_stay() -> None:
 def test_the_drawing_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     words = ("plan", "--model", "llama-3.1-8b", "--rows", "50", "--mean-tokens", "300", "--gpu", "rtx4090")
-    assert run(*words, "--plot", str(path)).returncode == 0
+    done = run(*words, "--plot", str(path))
+    assert done.returncode == 0 and done.stdout.endswith(f"wrote {path}\n")
+    assert json.loads(run(*words, "--plot", str(path), "--json").stdout)["plot"] == str(path)
     tree = ElementTree.fromstring(path.read_text(encoding="utf-8"))
     titles = [node.text or "" for node in tree.iter("{http://www.w3.org/2000/svg}title")]
     assert any(title.startswith("base: ") for title in titles) and any("chosen" in title for title in titles)
@@ -290,6 +296,7 @@ def replace_base(made: Plan, name: str) -> Plan:
     [
         (("--compare", "rank"), "is not KEY=A,B,C"),
         (("--compare", "rank=1,,2"), "is not KEY=A,B,C"),
+        (("--compare", "rank=1,2", "--compare", "epochs=1,2"), "are two tables"),
         (("--table", "--all-gpus"), "--all-gpus and --table are different questions"),
         (("--table", "--rows", "5"), "--table does not read a job"),
         (("--all-gpus", "--gpu", "h100"), "--all-gpus does not read --gpu"),
@@ -310,3 +317,80 @@ def test_tables_as_json() -> None:
     assert (
         compared["plans"][0]["plan"]["parameters"]["trainable"] == 20_971_520 and compared["plans"][1]["plan"] is None
     )
+
+
+@pytest.mark.parametrize("verb", [("plan", "--gpu", "h100"), ("advise",)], ids=["plan", "advise"])
+def test_a_length_that_is_no_number_is_refused(verb: tuple[str, ...]) -> None:
+    done = run(*verb, "--model", "llama-3.1-8b", "--rows", "50", "--mean-tokens", "inf")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "--mean-tokens inf is not the length of rows: a finite number from 1 on is.",
+        "Example: --mean-tokens 300",
+    ]
+    with pytest.raises(RecipeError, match="--mean-tokens nan is not"):
+        plan(declared=stages.Declared(rows=5, mean_tokens=float("nan")))
+
+
+def test_a_refusal_tells_the_room_and_not_the_whole_memory() -> None:
+    made = plan(gpu="rtx3070", overrides=["model.storage=bf16"])
+    room = room_bytes(made.memory.device_bytes) / 2**30
+    assert f"and {room:.1f} GiB of its 8.0 GiB may be taken up" in str(made.refused)
+
+
+def test_what_fits_nowhere_is_told_as_it_was_asked_and_without() -> None:
+    bf16 = ["model.storage=bf16"]
+    with pytest.raises(SetupError) as told:
+        plan(model="llama-3.1-70b", gpu="rtx4090", overrides=bf16)
+    assert "llama-3.1-70b with method lora and model.storage = bf16 does not fit RTX 4090" in told.value.problem
+    need = float(told.value.problem.split("at least ")[1].split(" GiB")[0])
+    assert need > 130  # Two bytes a weight.
+    smallest = told.value.remedy.split("As asked it fits ")[1].split(";")[0]
+    assert plan(model="llama-3.1-70b", gpu=smallest, overrides=bf16).refused is None
+    without = told.value.remedy.split("without that llama-3.1-70b needs ")[1]
+    assert float(without.split(" GiB")[0]) < 60 and " and fits " in without
+    with pytest.raises(SetupError) as told:
+        plan(model="llama-3.1-405b", gpu="rtx4090", overrides=bf16)
+    assert told.value.remedy.startswith("No GPU of the table takes it as asked; ")
+
+
+def test_the_largest_base_is_tried_on_the_path_of_its_own_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon is on the ordinary path; what is suggested in its place need not be."""
+    tried: dict[str, Job] = {}
+
+    def never(job: Job, _: Wishes) -> bool:
+        tried[job.load.shape.name] = job
+        return False
+
+    monkeypatch.setattr("onlay.planning.planner.fits", never)
+    known = planning._wanted(None, [], model="falcon-7b", declared=DECLARED, epochs=None)
+    group = find_gpu("rtx3070", gpus=read_gpus())
+    assert plans._job(known, group)[0].ordinary is not None and plans._largest_base(known, group) is None
+    assert tried["qwen2.5-3b"].ordinary is None and "phi" in str(tried["phi-2"].ordinary)
+
+
+def test_a_refused_plan_is_told_and_exits_with_2() -> None:
+    words = ("plan", "--model", "llama-3.1-8b", "--rows", "50", "--mean-tokens", "300", "--gpu", "rtx3070", "--set", "model.storage=bf16", "--json")  # fmt: skip
+    done = run(*words)
+    assert done.returncode == 2 and "model.storage = bf16 does not fit" in json.loads(done.stdout)["refused"]
+
+
+def test_all_gpus_where_none_takes_it_is_an_error() -> None:
+    with pytest.raises(SetupError, match="No GPU of the table takes this run"):
+        stages.plan_all_gpus(model="llama-3.1-405b", declared=DECLARED, overrides=["model.storage=bf16"])
+
+
+def test_a_refused_value_has_no_numbers_of_another_plan() -> None:
+    rows = stages.compare_plans("storage", ["bf16", "nf4"], model="llama-3.1-8b", declared=DECLARED, gpu="rtx3070")
+    assert rows[0].plan is None and "model.storage = bf16 does not fit" in str(rows[0].problem) and rows[0].remedy
+    assert rows[1].plan is not None
+    text = shown(compared_view, "storage", rows)
+    assert "fastest: nf4" in text and text.count("41,943,040") == 1
+    with pytest.raises(RecipeError, match=r"model\.storage = bf16 does not fit"):
+        stages.compare_plans("storage", ["bf16"], model="llama-3.1-8b", declared=DECLARED, gpu="rtx3070")
+
+
+def test_a_declared_mean_above_the_cut_is_told() -> None:
+    made = plan(declared=stages.Declared(rows=5000, mean_tokens=9000.0))
+    assert made.mean_tokens < 4096 and "longer ones count as 4,096 tokens" in made.data
+    assert any("data.overlong = drop drops them" in note for note in made.notes)
+    assert not any("data.overlong" in note for note in plan().notes)

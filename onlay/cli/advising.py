@@ -22,7 +22,7 @@ def advise(
     task: Annotated[
         Task | None, typer.Option("--task", metavar="WORD", help=f"What is learned: {', '.join(get_args(Task))}.")
     ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=0, help="Rows of data. Default: the recipe's.")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows of data. Default: the recipe's.")] = None,
     mean_tokens: Annotated[
         float | None, typer.Option("--mean-tokens", min=1.0, help="Tokens of a row. Default: from the recipe's rows.")
     ] = None,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onlay.cli.app import JsonOption, SetOption, app, emit, terminal
+from onlay.cli.app import JsonOption, SetOption, app, emit, terminal, write
 from onlay.errors import OnlayError, RecipeError
 
 if TYPE_CHECKING:
     from onlay.stages import Compared
+
+REFUSED = 2
+"""Exit code where the plan is for other settings than were asked for."""
 
 
 @app.command()
@@ -29,7 +33,7 @@ def plan(
     ] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", min=0.01, help="Passes over the rows.")] = None,
     compare: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option("--compare", metavar="KEY=A,B,C", help="A table over values of a field, of gpu or of model."),
     ] = None,
     all_gpus: Annotated[
@@ -53,7 +57,7 @@ def plan(
     """
     from onlay import stages
 
-    several = {"--compare": compare is not None, "--all-gpus": all_gpus, "--table": table}
+    several = {"--compare": bool(compare), "--all-gpus": all_gpus, "--table": table}
     asked = [option for option, given in several.items() if given]
     if len(asked) > 1:
         raise RecipeError(f"{' and '.join(asked)} are different questions.", "Ask one at a time.")
@@ -72,10 +76,15 @@ def plan(
         "overrides": overrides or (), "model": model, "epochs": epochs, "prices": prices,
         "declared": stages.Declared(rows=rows, mean_tokens=mean_tokens),
     }  # fmt: skip
-    if compare is not None:
-        key, equals, values = compare.partition("=")
+    if compare:
+        if len(compare) > 1:
+            raise RecipeError(
+                f"--compare {' and --compare '.join(compare)} are two tables.",
+                "Compare one field at a time; --set holds the others.",
+            )
+        key, equals, values = compare[0].partition("=")
         if not equals or not all(values.split(",")):
-            raise RecipeError(f"--compare {compare} is not KEY=A,B,C.", "Example: --compare rank=8,16,32,64")
+            raise RecipeError(f"--compare {compare[0]} is not KEY=A,B,C.", "Example: --compare rank=8,16,32,64")
         _show_compared(key, stages.compare_plans(key, values.split(","), recipe, gpu=gpu, **job), as_json)
         return
     if all_gpus:
@@ -89,8 +98,13 @@ def plan(
         from onlay.console.plan import plan_view
 
         plan_view(terminal(stderr=False), made)
+        if plot is not None:
+            write(f"wrote {plot}\n")
 
-    emit(made.model_dump(mode="json") | {"digest": made.digest}, as_json, display)
+    drawn = {} if plot is None else {"plot": str(plot)}
+    emit(made.model_dump(mode="json") | {"digest": made.digest} | drawn, as_json, display)
+    if made.refused is not None:
+        sys.exit(REFUSED)
 
 
 def _show_compared(key: str, rows: list[Compared], as_json: bool) -> None:

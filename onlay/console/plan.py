@@ -64,7 +64,7 @@ def shown_rungs(rungs: Sequence[PlannedRung]) -> list[PlannedRung]:
 
 def compared_view(console: Console, key: str, rows: Sequence[Compared]) -> None:
     """One row a value; the cheapest and the fastest are named below."""
-    from onlay.planning.forecast import tell_seconds
+    from onlay.planning.forecast import tell_seconds, tell_usd
 
     table = _table(
         key,
@@ -88,14 +88,15 @@ def compared_view(console: Console, key: str, rows: Sequence[Compared]) -> None:
         table.add_row(
             Text(row.value), f"{plan.parameters.trainable:,}", f"{plan.memory.needed_bytes / 2**30:.1f}",
             f"{plan.time.tokens_per_second:,.0f}", tell_seconds(plan.time.seconds) + ("" if plan.time.verified else " ~"),
-            "-" if plan.cost.usd is None else f"{plan.cost.usd:.2f}", Text(plan.refused or said),
+            "-" if plan.cost.usd is None else tell_usd(plan.cost.usd).removesuffix(" USD"), Text(said),
         )  # fmt: skip
     console.print(table)
     plans = [row for row in rows if row.plan is not None]
     priced = [(row.plan.cost.usd, row.value) for row in plans if row.plan is not None and row.plan.cost.usd is not None]
     timed = [(row.plan.time.seconds, row.value) for row in plans if row.plan is not None]
-    if priced and timed:
-        console.print(Text(f"cheapest: {min(priced)[1]} ({min(priced)[0]:.2f} USD); fastest: {min(timed)[1]} ({tell_seconds(min(timed)[0])})", "bold"))  # fmt: skip
+    cheapest = f"cheapest: {min(priced)[1]} ({tell_usd(min(priced)[0])}); " if priced else ""
+    if timed:
+        console.print(Text(f"{cheapest}fastest: {min(timed)[1]} ({tell_seconds(min(timed)[0])})", "bold"))
     if any(row.plan is not None and not row.plan.time.verified for row in rows):
         console.print(Text("~ unverified: the speed of this kind of GPU was not measured", "dim"))
 

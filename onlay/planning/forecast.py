@@ -10,7 +10,7 @@ from statistics import median
 from onlay.planning import speed
 from onlay.planning.cost import cost_of
 from onlay.planning.lengths import cut_steps
-from onlay.planning.memory import Load, MemoryForecast, weights_bytes
+from onlay.planning.memory import Load, MemoryForecast, room_bytes, weights_bytes
 from onlay.planning.planner import Candidate, Chosen, Job, gib, tell_levels
 from onlay.records import (
     ForecastCheck,
@@ -35,8 +35,8 @@ WARMUP_STEPS = 3
 """Not counted when a step is timed: kernels are compiled and memory is asked for in them."""
 CORRECTED_AFTER = 20
 """Steps, after which the forecast is made anew."""
-GRADIENT_BYTES_A_SECOND = 20e9
-"""Summed over GPUs: what PCIe gives; NVLink is faster."""
+LEAST_USD = 0.01
+"""Less is told as less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,16 +71,17 @@ def make_plan(job: Job, chosen: Chosen, length: Length, told: Told) -> Plan:
     assert best is not None
     timed = forecast_time(job, best, length)
     cost = cost_of(timed.seconds, group=job.group)
-    bill = cost.on_demand
+    bill, spot = cost.on_demand, cost.spot
+    seen = [] if spot is None else [f"spot: {tell_usd(spot.usd)} ({spot.provider}, {spot.date})"]
     return Plan(
         base=told.base, gpu=told.found_gpu or job.gpu.name, gpus=job.group.count, rows=job.lengths.rows,
         mean_tokens=round(job.lengths.mean, 2), data=job.lengths.told,
         parameters=PlannedParameters(trainable=job.load.count.trainable - job.load.count.held, total=job.load.count.total),
         memory=planned_memory(best.memory, device_bytes=job.gpu.memory_bytes), time=timed,
         cost=PlannedCost(
-            usd=cost.usd, most_usd=bill.most_usd if bill else None, spot_usd=cost.spot.usd if cost.spot else None,
+            usd=cost.usd, most_usd=bill.most_usd if bill else None, spot_usd=spot.usd if spot else None,
             usd_per_hour=bill.usd_per_hour if bill else None, provider=bill.provider if bill else None,
-            date=bill.date if bill else None, source=bill.source if bill else None, notes=list(cost.notes),
+            date=bill.date if bill else None, source=bill.source if bill else None, notes=[*seen, *cost.notes],
         ),
         settings=PlannedSettings(
             storage=best.setting.storage, compute="fp8" if best.setting.fp8_products else told.compute,
@@ -103,11 +104,8 @@ def planned_memory(memory: MemoryForecast, *, device_bytes: int) -> PlannedMemor
 def forecast_time(job: Job, best: Candidate, length: Length) -> PlannedTime:
     rows = job.rows_a_step
     steps = length.steps(rows=job.lengths.rows, rows_a_step=rows)
-    shared = 0.0
-    if job.group.count > 1:
-        shared = 2 * job.load.count.trainable * 4 / GRADIENT_BYTES_A_SECOND
     # The steps that were drawn may hold a little more or less than the mean.
-    one = rows * job.lengths.mean / best.tokens_per_second + shared
+    one = rows * job.lengths.mean / best.tokens_per_second
     training, tokens = steps * one, round(steps * rows * job.lengths.mean)
     evaluation = _evaluation_seconds(job, best, length, steps=steps, tokens=tokens)
     loading = START_SECONDS + load_bytes(job.load) / READ_BYTES
@@ -152,6 +150,11 @@ def _notes(job: Job) -> list[str]:
     if job.group.count > 1:
         notes.append(
             f"data parallel: each of the {job.group.count} GPUs holds the whole base, and the rows of a step are shared out"
+        )
+    if job.rows_a_step < job.group.count:
+        idle = job.group.count - job.rows_a_step
+        notes.append(
+            f"no row of a step for {idle} of the {job.group.count} GPUs (training.batch_size = {job.rows_a_step}): that adds no speed, and is paid for; take no more GPUs than rows, or batches of {job.group.count} rows"
         )
     return notes
 
@@ -255,6 +258,17 @@ def tell_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def tell_usd(usd: float) -> str:
+    """1.25 USD; less than 0.01 USD."""
+    return f"{usd:.2f} USD" if usd >= LEAST_USD else f"less than {LEAST_USD} USD"
+
+
+def tell_need(needed_bytes: int, job: Job) -> str:
+    """Needed memory beside what a plan may take up of the GPU's."""
+    memory = job.gpu.memory_bytes
+    return f"at least {gib(needed_bytes)} would be needed, and {gib(room_bytes(memory))} of its {gib(memory)} may be taken up"
+
+
 def summary_lines(plan: Plan) -> list[str]:
     """The plan in ten lines at most."""
     memory, time, cost, settings = plan.memory, plan.time, plan.cost, plan.settings
@@ -277,9 +291,10 @@ def summary_lines(plan: Plan) -> list[str]:
     if cost.usd is None:
         lines.append("cost: no dated price is known")
     else:
-        spot = "" if cost.spot_usd is None else f", spot {cost.spot_usd:.2f}"
-        most = f" to {cost.most_usd:.2f}" if cost.most_usd is not None and cost.most_usd > cost.usd else ""
-        lines.append(f"cost: {cost.usd:.2f}{most} USD{spot} ({cost.provider}, {cost.date})")
+        most = (
+            f" to {cost.most_usd:.2f}" if cost.most_usd is not None and cost.most_usd > max(cost.usd, LEAST_USD) else ""
+        )
+        lines.append(f"cost: {tell_usd(cost.usd).removesuffix(' USD')}{most} USD ({cost.provider}, {cost.date})")
     if plan.refused is not None:
         lines.append(plan.refused)
     return lines
@@ -300,6 +315,6 @@ def tell_refused(job: Job, chosen: Chosen, asked: Sequence[str]) -> str | None:
         return None
     gone = [one for one in asked if one.partition(" ")[0] in chosen.given_up]
     return (
-        f"{', '.join(gone)} does not fit {job.group.name}: at least {gib(chosen.asked.memory.device_bytes)} of its "
-        f"{gib(job.gpu.memory_bytes)} would be needed. The nearest that fits: {chosen.best.told()}."
+        f"{', '.join(gone)} does not fit {job.group.name}: {tell_need(chosen.asked.memory.device_bytes, job)}. "
+        f"The nearest that fits: {chosen.best.told()}."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from onlay.planning.speed import MicroBatch
@@ -72,8 +72,11 @@ def declared_lengths(rows: int, mean_tokens: float, *, most_tokens: int | None =
         length = max(1, round(factor * scale))
         length = length if most_tokens is None else min(length, most_tokens)
         counts[length] += rows * (number + 1) // QUANTILES - rows * number // QUANTILES
+    found = Lengths(counts={length: count for length, count in sorted(counts.items()) if count}, told="")
     told = f"{rows:,} rows of {mean_tokens:,.0f} tokens on average, declared; their spread is assumed"
-    return Lengths(counts={length: count for length, count in sorted(counts.items()) if count}, told=told)
+    if most_tokens is not None and any(factor * scale > most_tokens + 0.5 for factor in factors):
+        told += f"; longer ones count as {most_tokens:,} tokens, which leaves {found.mean:,.0f} on average"
+    return replace(found, told=told)
 
 
 def cut_steps(

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from onlay.model.storage import FP8_CAPABILITY, NOT_QUANTIZED
 from onlay.planning.devices import Gpu, GpuGroup
 from onlay.planning.lengths import Lengths, Pack, cut_steps
 from onlay.planning.memory import LEVELS, Load, MemoryForecast, Setting, forecast_memory, room_bytes
-from onlay.planning.speed import step_seconds
+from onlay.planning.speed import exchange_seconds, step_seconds
 from onlay.records import PlannedRung
 
 BUDGETS = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512)
@@ -81,6 +82,7 @@ class Candidate:
     memory: MemoryForecast
     fits: bool
     step_seconds: float
+    """With the exchange of gradients between GPUs."""
     step_tokens: float
     """Over all GPUs, on average."""
     budget_tokens: int
@@ -120,7 +122,7 @@ def choose(job: Job, wishes: Wishes) -> Chosen:
     """The fastest setting that fits, with as many of the wishes as can be kept."""
     best, tried = _best(job, wishes)
     if best is not None or not _asked(wishes):
-        return _chosen(job, best, tried, (), None)
+        return _chosen(job, wishes, best, tried, (), None)
     asked = _least(tried)
     given: list[str] = []
     open_ = wishes
@@ -135,14 +137,20 @@ def choose(job: Job, wishes: Wishes) -> Chosen:
             break
     kept = [name for name in given if _needed(job, wishes, given, name)] if best is not None else given
     if kept != given:
-        best, more = _best(job, _without(wishes, kept))
+        open_ = _without(wishes, kept)
+        best, more = _best(job, open_)
         tried = [*tried, *more]
-    return _chosen(job, best, tried, tuple(FIELDS[name] for name in kept), asked)
+    return _chosen(job, open_, best, tried, tuple(FIELDS[name] for name in kept), asked)
+
+
+def fits(job: Job, wishes: Wishes) -> bool:
+    """Whether there is room with every one of these wishes kept."""
+    return _best(job, wishes)[0] is not None
 
 
 def _needed(job: Job, wishes: Wishes, given: Sequence[str], name: str) -> bool:
     """Whether nothing fits with this wish kept and the others given up."""
-    return _best(job, _without(wishes, [one for one in given if one != name]))[0] is None
+    return not fits(job, _without(wishes, [one for one in given if one != name]))
 
 
 def _without(wishes: Wishes, names: Sequence[str]) -> Wishes:
@@ -217,18 +225,14 @@ def _of_storage(job: Job, wishes: Wishes, storage: str, fp8: bool, optimizer: st
             optimizer=optimizer, offload=offload, fast_path=job.ordinary is None,
         )  # fmt: skip
         tokens = sum(sum(step) for step in steps) / len(steps)
-        for setting, memory, fits in _least_again(job, base, wishes, accumulates=accumulates):
+        for setting, memory, has_room in _least_again(job, base, wishes, accumulates=accumulates):
             seconds = sum(step_seconds(job.load, setting, job.gpu, batches) for batches in cut) / len(cut)
+            seconds += exchange_seconds(job.load, job.group.count)
             found.append(
                 Candidate(
-                    setting=setting,
-                    memory=memory,
-                    fits=fits,
-                    step_seconds=seconds,
-                    step_tokens=tokens,
-                    budget_tokens=budget,
+                    setting=setting, memory=memory, fits=has_room, step_seconds=seconds, step_tokens=tokens, budget_tokens=budget
                 )
-            )
+            )  # fmt: skip
     return found
 
 
@@ -307,12 +311,15 @@ def _least(tried: Sequence[Candidate]) -> Candidate:
 
 
 def _chosen(
-    job: Job, best: Candidate | None, tried: Sequence[Candidate], given_up: tuple[str, ...], asked: Candidate | None
-) -> Chosen:
-    return Chosen(best=best, least=_least(tried), rungs=tuple(_rungs(job, best, tried)), given_up=given_up, asked=asked)
+    job: Job, wishes: Wishes, best: Candidate | None, tried: Sequence[Candidate], given_up: tuple[str, ...],
+    asked: Candidate | None,
+) -> Chosen:  # fmt: skip
+    """`wishes`: those that `best` was found with."""
+    rungs = tuple(_rungs(job, wishes, best, tried))
+    return Chosen(best=best, least=_least(tried), rungs=rungs, given_up=given_up, asked=asked)
 
 
-def _rungs(job: Job, best: Candidate | None, tried: Sequence[Candidate]) -> list[PlannedRung]:
+def _rungs(job: Job, wishes: Wishes, best: Candidate | None, tried: Sequence[Candidate]) -> list[PlannedRung]:
     """What was tried: what fits by speed, what does not by memory; of the latter for each storage the fastest that was wished
     for, and for each effort the one that needs least."""
     once = {one.setting: one for one in tried}
@@ -330,14 +337,9 @@ def _rungs(job: Job, best: Candidate | None, tried: Sequence[Candidate]) -> list
     rungs = [_rung(job, one, best) for one in fitting]
     rungs.sort(key=lambda rung: rung.verdict != "chosen")
     rungs += [_rung(job, one, best) for one in sorted(shown.values(), key=lambda one: -one.memory.device_bytes)]
-    if (
-        best is not None
-        and best.setting.storage != "fp8"
-        and takes_fp8(job.gpu)
-        and job.quantizes
-        and job.ordinary is None
-    ):
-        rungs += _unasked(job, best)
+    open_to_fp8 = takes_fp8(job.gpu) and job.quantizes and job.ordinary is None
+    if best is not None and best.setting.storage != "fp8" and open_to_fp8:
+        rungs += _unasked(job, wishes, best)
     return rungs
 
 
@@ -352,31 +354,24 @@ def _rung(job: Job, one: Candidate, best: Candidate | None) -> PlannedRung:
     rate = one.tokens_per_second
     if best is not None and one.setting == best.setting:
         return PlannedRung(
-            setting=one.told(),
-            needed_bytes=needed,
-            tokens_per_second=rate,
-            verdict="chosen",
-            reason="the fastest that fits",
-        )
+            setting=one.told(), needed_bytes=needed, tokens_per_second=rate, verdict="chosen", reason="the fastest that fits"
+        )  # fmt: skip
     assert best is not None
     share = rate / best.tokens_per_second - 1
     why = _slower(-share) if share <= 0 else f"{share:.0%} faster, but it rounds the base"
+    verdict: Literal["slower", "not unasked"] = "slower" if share <= 0 else "not unasked"
     return PlannedRung(
-        setting=one.told(),
-        needed_bytes=needed,
-        tokens_per_second=rate,
-        verdict="slower" if share <= 0 else "not unasked",
-        reason=why,
-    )
+        setting=one.told(), needed_bytes=needed, tokens_per_second=rate, verdict=verdict, reason=why
+    )  # fmt: skip
 
 
 def _slower(share: float) -> str:
     return "less than 1 % slower" if share < 0.01 else f"{share:.0%} slower"
 
 
-def _unasked(job: Job, best: Candidate) -> list[PlannedRung]:
-    """FP8 changes what is computed, so it is shown and not taken."""
-    chosen, _ = _best(job, Wishes(storage="fp8", fp8_products=True))
+def _unasked(job: Job, wishes: Wishes, best: Candidate) -> list[PlannedRung]:
+    """FP8 changes what is computed, so it is shown and not taken; everything else is as it was wished for."""
+    chosen, _ = _best(job, replace(wishes, storage="fp8", fp8_products=True))
     if chosen is None or chosen.tokens_per_second <= best.tokens_per_second:
         return []
     gain = chosen.tokens_per_second / best.tokens_per_second - 1

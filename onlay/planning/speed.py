@@ -40,6 +40,8 @@ ORDINARY_HOST_SECONDS = 9e-3
 """Of a micro-batch in a layer, that the host needs on the ordinary path; the GPU may be busy longer."""
 FORWARD_SHARE = 0.4
 """Of a training step's time, that a forward pass alone takes."""
+GRADIENT_BYTES_A_SECOND = 20e9
+"""Summed over GPUs: what PCIe gives; NVLink is faster."""
 RANGE = {True: (0.90, 1.12), False: (0.65, 1.60)}
 """Of the likely time: on a class that was measured, and on others."""
 
@@ -102,6 +104,11 @@ def micro_batch_seconds(load: Load, setting: Setting, gpu: Gpu, batch: MicroBatc
     if setting.fast_path:
         return seconds + LAYER_SECONDS * layer.count
     return max(seconds, ORDINARY_HOST_SECONDS * (layer.count + whole / 3))
+
+
+def exchange_seconds(load: Load, gpus: int) -> float:
+    """Of one optimizer step: gradients of 4 bytes go to the other GPUs and their sum comes back."""
+    return 2 * load.count.trainable * 4 / GRADIENT_BYTES_A_SECOND if gpus > 1 else 0.0
 
 
 def forward_seconds(load: Load, setting: Setting, gpu: Gpu, batches: list[MicroBatch]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,9 @@ def advise(
         raise RecipeError(
             "--set changes a recipe, and none is given.", "Example: onlay advise RECIPE --set adapter.rank=8"
         )
+    refuse_no_length(answers.mean_tokens)
+    if answers.rows is not None and answers.rows < 1:
+        raise RecipeError(f"--rows {answers.rows} are no rows to advise on.", "Give 1 or more, or leave it out.")
     read = None if recipe is None else read_recipe(recipe, overrides)
     if read is not None and model is not None:
         read = apply_overrides(read.model_dump(mode="json", exclude_defaults=True), [f"model.base={model}"])
@@ -98,6 +102,15 @@ def advise(
         recipe=None if recipe is None else str(recipe), base=shape.name if shape is not None else model, gpu=device,
         advice=advice, servers=servers, notes=notes,
     )  # fmt: skip
+
+
+def refuse_no_length(mean_tokens: float | None) -> None:
+    """Raises RecipeError for a declared mean that no rows can have."""
+    if mean_tokens is not None and not (math.isfinite(mean_tokens) and mean_tokens >= 1):
+        raise RecipeError(
+            f"--mean-tokens {mean_tokens} is not the length of rows: a finite number from 1 on is.",
+            "Example: --mean-tokens 300",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- base

@@ -9,7 +9,7 @@ from onlay.errors import BaseModelError, RecipeError
 from onlay.recipe import Recipe
 from onlay.stages.events import Report
 from onlay.stages.lengths import KnownLengths, lengths_of, remember_lengths
-from onlay.stages.plans import Wanted, as_known, plan_wanted
+from onlay.stages.plans import ASK_FOR_LESS, Wanted, as_known, plan_wanted
 
 if TYPE_CHECKING:
     from onlay.hardware import Device
@@ -59,7 +59,7 @@ def plan_known(recipe: Recipe, shape: BaseShape, known: KnownLengths, *, device:
     )  # fmt: skip
     made = plan_wanted(wanted, GpuGroup(gpu=gpu, count=gpus), found=found, prices=None)
     if made.refused is not None:
-        raise RecipeError(made.refused, "Delete the line, or ask for what fits: `onlay plan RECIPE` lists it.")
+        raise RecipeError(made.refused, ASK_FOR_LESS)
     return made
 
 

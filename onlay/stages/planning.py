@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from onlay.errors import BaseModelError, OnlayError, RecipeError, SetupError
 from onlay.recipe import Recipe, apply_overrides, field_paths, read_recipe
-from onlay.stages.advising import CHARACTERS_PER_TOKEN, look_at_rows
+from onlay.stages.advising import CHARACTERS_PER_TOKEN, look_at_rows, refuse_no_length
 from onlay.stages.lengths import recall_lengths
-from onlay.stages.plans import Wanted, as_known, plan_wanted
+from onlay.stages.plans import ASK_FOR_LESS, Wanted, as_known, plan_wanted
 
 if TYPE_CHECKING:
     from onlay.planning.devices import GpuGroup
@@ -37,7 +37,7 @@ class Declared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """A plan for one value of what is compared, or why there is none."""
+    """A plan for one value of what is compared, or why there is none: a plan for other settings than were asked for is none."""
 
     value: str
     plan: Plan | None
@@ -93,7 +93,7 @@ def compare_plans(
         except OnlayError as error:
             rows.append(Compared(value=value, plan=None, problem=error.problem, remedy=error.remedy))
         else:
-            rows.append(Compared(value=value, plan=made, problem=None, remedy=None))
+            rows.append(_compared(value, made))
     if all(row.plan is None for row in rows):
         raise RecipeError(str(rows[0].problem), str(rows[0].remedy))
     return rows
@@ -108,7 +108,7 @@ def plan_all_gpus(
     epochs: float | None = None,
     prices: str | Path | None = None,
 ) -> list[Compared]:
-    """A plan for every GPU of the table, smallest memory first."""
+    """A plan for every GPU of the table, smallest memory first.  Raises SetupError where none takes it."""
     from onlay.planning.devices import GpuGroup, read_gpus
 
     wanted = _wanted(recipe, overrides, model=model, declared=declared or Declared(), epochs=epochs)
@@ -119,8 +119,19 @@ def plan_all_gpus(
         except SetupError as error:
             rows.append(Compared(value=gpu.name, plan=None, problem=error.problem, remedy=error.remedy))
         else:
-            rows.append(Compared(value=gpu.name, plan=made, problem=None, remedy=None))
+            rows.append(_compared(gpu.name, made))
+    if all(row.plan is None for row in rows):
+        raise SetupError(
+            f"No GPU of the table takes this run. Of the largest: {rows[-1].problem}",
+            "Take a smaller base, ask for less, or name several GPUs or your own: --gpu, --prices FILE.",
+        )
     return rows
+
+
+def _compared(value: str, made: Plan) -> Compared:
+    if made.refused is not None:
+        return Compared(value=value, plan=None, problem=made.refused, remedy=ASK_FOR_LESS)
+    return Compared(value=value, plan=made, problem=None, remedy=None)
 
 
 # ------------------------------------------------------------------------------------------------------- what is wanted
@@ -129,6 +140,7 @@ def plan_all_gpus(
 def _wanted(
     recipe: str | Path | None, overrides: Sequence[str], *, model: str | None, declared: Declared, epochs: float | None
 ) -> Wanted:  # fmt: skip
+    refuse_no_length(declared.mean_tokens)
     more = [
         *([f"model.base={model}"] if model is not None else []),
         *([f"training.epochs={epochs}"] if epochs is not None else []),
@@ -154,7 +166,12 @@ def _wanted(
     train, held_out = _split(found.lengths, read)
     share = found.trained_share if read.data.loss_on == "assistant" else 1.0
     return Wanted(
-        recipe=read, shape=shape, lengths=train, trained_share=share, held_out_rows=held_out, notes=found.notes
+        recipe=read,
+        shape=shape,
+        lengths=train,
+        trained_share=share,
+        held_out_rows=held_out,
+        notes=(*found.notes, *_cut_notes(read, declared, most)),
     )
 
 
@@ -187,6 +204,16 @@ def _declared_lengths(declared: Declared, most: int) -> _Found | None:
     if declared.rows is None or declared.mean_tokens is None:
         return None
     return _Found(lengths=declared_lengths(declared.rows, declared.mean_tokens, most_tokens=most))
+
+
+def _cut_notes(recipe: Recipe, declared: Declared, most: int) -> list[str]:
+    """What becomes in training of declared rows that are longer than the cut."""
+    from onlay.planning.lengths import declared_lengths
+
+    if declared.mean_tokens is None or declared_lengths(declared.rows or 1000, declared.mean_tokens).longest <= most:
+        return []
+    does = {"drop": "drops them", "cut": "cuts them", "error": "stops at them"}[recipe.data.overlong]
+    return [f"declared rows over {most:,} tokens (data.max_tokens) count as that long; data.overlong = {recipe.data.overlong} {does}"]  # fmt: skip
 
 
 def _found_lengths(recipe: Recipe, declared: Declared, most: int) -> _Found:

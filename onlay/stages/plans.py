@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from onlay.planning.devices import Gpu, GpuGroup
     from onlay.planning.lengths import Lengths
     from onlay.planning.memory import Load
-    from onlay.planning.planner import Job, Wishes
+    from onlay.planning.planner import Chosen, Job, Wishes
     from onlay.planning.shapes import BaseShape
     from onlay.records import Plan
 
+ASK_FOR_LESS = "Delete the line, or ask for what fits: `onlay plan RECIPE` lists it."
+"""What to do about a wish that does not fit."""
 TASKLESS_LABELS = 2
 """Of a classification head, before its data were read: its size is next to nothing."""
 
@@ -44,19 +46,18 @@ def plan_wanted(
     """`found`: the name of a GPU that is in no table.  Raises SetupError where nothing fits; `suggests`: it then names the smallest
     GPU and the largest base that would."""
     from onlay.planning.forecast import Length, Told, make_plan, tell_refused
-    from onlay.planning.planner import FIELDS, choose
+    from onlay.planning.planner import choose
 
     recipe = wanted.recipe
     job, compute = _job(wanted, group)
     wishes = wishes_of(recipe)
     chosen = choose(job, wishes)
     if chosen.best is None:
-        problem = _problem(wanted, job, chosen.least.memory.device_bytes, found)
-        remedy = (
-            _what_fits(wanted, job, found, prices) if suggests else "Take a GPU with more memory, or a smaller base."
-        )
-        raise SetupError(problem, remedy)
-    asked = [f"{FIELDS[name]} = {_word(getattr(wishes, name))}" for name in FIELDS if getattr(wishes, name) is not None]
+        remedy = "Take a GPU with more memory, or a smaller base."
+        if suggests:
+            remedy = _what_fits(wanted, job, chosen, found=found, prices=prices)
+        raise SetupError(_problem(wanted, job, chosen, found), remedy)
+    asked = _said(wishes)
     length = Length(
         epochs=recipe.training.epochs, max_steps=recipe.training.max_steps, held_out_rows=wanted.held_out_rows,
         every_steps=recipe.evaluation.every_steps,
@@ -131,40 +132,75 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _problem(wanted: Wanted, job: Job, needed_bytes: int, found: str | None) -> str:
-    from onlay.planning.planner import gib
+def _said(wishes: Wishes) -> list[str]:
+    """`field = value` of each."""
+    from onlay.planning.planner import FIELDS
+
+    return [f"{FIELDS[name]} = {_word(getattr(wishes, name))}" for name in FIELDS if getattr(wishes, name) is not None]
+
+
+def _problem(wanted: Wanted, job: Job, chosen: Chosen, found: str | None) -> str:
+    """As it was asked, where anything was."""
+    from onlay.planning.forecast import tell_need
 
     what = f"{wanted.recipe.model.base} with method {wanted.recipe.adapter.method}"
-    has = gib(job.gpu.memory_bytes)
-    return f"{what} does not fit {found or job.group.name}: at least {gib(needed_bytes)} of its {has} would be needed, with everything that saves memory."
+    if chosen.asked is None:
+        need = tell_need(chosen.least.memory.device_bytes, job)
+        return f"{what} does not fit {found or job.group.name}: {need}, with everything that saves memory."
+    asked = ", ".join(_said(wishes_of(wanted.recipe)))
+    need = tell_need(chosen.asked.memory.device_bytes, job)
+    return f"{what} and {asked} does not fit {found or job.group.name}: {need}."
 
 
-def _what_fits(wanted: Wanted, job: Job, found: str | None, prices: str | Path | None) -> str:
-    """The smallest GPU that takes this base, and the largest base that this GPU takes."""
+def _what_fits(wanted: Wanted, job: Job, chosen: Chosen, *, found: str | None, prices: str | Path | None) -> str:
+    """The smallest GPU that takes this base, as it was asked and without the wishes, and the largest base that this GPU takes."""
+    from onlay.planning.planner import Wishes, gib
+
+    base, wishes, open_ = wanted.recipe.model.base, wishes_of(wanted.recipe), _without_storage(wanted)
+    told = []
+    without = base
+    if chosen.asked is not None:
+        fitting = _smallest_gpu(wanted, wishes, job, prices)
+        told.append(f"As asked it fits {fitting}" if fitting else "No GPU of the table takes it as asked")
+        without = f"without that {base} needs {gib(chosen.least.memory.device_bytes)} and"
+    fitting = _smallest_gpu(open_, Wishes(), job, prices)
+    if fitting is not None:
+        told.append(f"{without} fits {fitting} and larger ones")
+    else:
+        told.append(f"no GPU of the table takes {base}")
+    smaller = _largest_base(open_, job.group)
+    if smaller is not None:
+        told.append(f"on {found or job.group.name} the largest well-known base that fits is {smaller}")
+    return f"{'; '.join(told)}."
+
+
+def _without_storage(wanted: Wanted) -> Wanted:
+    """No storage and no FP8 products asked for: a GPU without FP8 may be tried then."""
+    model = wanted.recipe.model
+    update = {"storage": "auto", **({"compute": "auto"} if model.compute == "fp8" else {})}
+    return replace(wanted, recipe=wanted.recipe.model_copy(update={"model": model.model_copy(update=update)}))
+
+
+def _smallest_gpu(wanted: Wanted, wishes: Wishes, job: Job, prices: str | Path | None) -> str | None:
+    """With more memory than the job's, that takes it with these wishes."""
     from onlay.planning.devices import GpuGroup, read_gpus
-    from onlay.planning.planner import Wishes, choose
+    from onlay.planning.planner import fits
 
-    name = found or job.group.name
-    base = wanted.recipe.model.base
-    larger = (gpu for gpu in read_gpus(prices).values() if gpu.memory_bytes > job.gpu.memory_bytes)
-    fitting = None
-    for gpu in larger:
+    for gpu in read_gpus(prices).values():
+        if gpu.memory_bytes <= job.gpu.memory_bytes:
+            continue
         try:
             other, _ = _job(wanted, GpuGroup(gpu=gpu, count=1))
         except SetupError:
             continue  # It has no FP8, which the recipe asks for.
-        if choose(other, Wishes()).best is not None:
-            fitting = gpu.name
-            break
-    smaller = _largest_base(wanted, job)
-    there = f"{base} fits {fitting} and larger ones" if fitting is not None else f"no GPU of the table takes {base}"
-    here = f"; on {name} the largest well-known base that fits is {smaller}" if smaller is not None else ""
-    return f"{there}{here}."
+        if fits(other, wishes):
+            return gpu.name
+    return None
 
 
-def _largest_base(wanted: Wanted, job: Job) -> str | None:
-    """That this GPU can train with this adapter, of those with a name and a closed form."""
-    from onlay.planning.planner import Wishes, choose
+def _largest_base(wanted: Wanted, group: GpuGroup) -> str | None:
+    """That this GPU can train with this adapter, of those with a name and a closed form, each on the path of its family."""
+    from onlay.planning.planner import Wishes, fits
     from onlay.planning.shapes import find_shape, known_names
 
     shapes = sorted((find_shape(name) for name in known_names()), key=lambda shape: -shape.num_parameters)
@@ -172,10 +208,10 @@ def _largest_base(wanted: Wanted, job: Job) -> str | None:
         if shape.num_parameters >= wanted.shape.num_parameters:
             continue
         try:
-            other = replace(job, load=_load(replace(wanted, shape=shape), job.gpu, item_bytes=job.load.item_bytes))
+            job, _ = _job(replace(wanted, shape=shape), group)
         except OnlayError:
             continue  # Experts, or targets that this base does not have.
-        if choose(other, Wishes()).best is not None:
+        if fits(job, Wishes()):
             return shape.name
     return None
 

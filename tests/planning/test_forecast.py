@@ -11,7 +11,7 @@ import pytest
 from onlay.data.pack import plan_micro_batches
 from onlay.planning import forecast
 from onlay.planning.devices import Offer, find_gpu, read_gpus
-from onlay.planning.forecast import ForecastWatch, Length, Told, make_plan, summary_lines, tell_seconds
+from onlay.planning.forecast import ForecastWatch, Length, Told, make_plan, summary_lines, tell_seconds, tell_usd
 from onlay.planning.lengths import declared_lengths, equal_rows
 from onlay.planning.memory import load_of
 from onlay.planning.planner import Job, Wishes, choose
@@ -168,3 +168,36 @@ def test_a_short_run_has_no_corrected_forecast() -> None:
 )
 def test_seconds_in_words(seconds: float, words: str) -> None:
     assert tell_seconds(seconds) == words
+
+
+def test_several_gpus_have_one_speed_in_header_and_ladder() -> None:
+    plan = plan_of(job("4xh200", lengths=declared_lengths(5000, 300)))
+    chosen = next(rung for rung in plan.rungs if rung.verdict == "chosen")
+    assert plan.time.tokens_per_second == pytest.approx(chosen.tokens_per_second)
+
+
+def test_gpus_without_a_row_are_told() -> None:
+    few = plan_of(job("8xh200", rows_a_step=3))
+    assert any(note.startswith("no row of a step for 5 of the 8 GPUs (training.batch_size = 3)") for note in few.notes)
+    assert not any("no row of a step" in note for note in plan_of(job("8xh200", rows_a_step=8)).notes)
+
+
+def test_a_spot_price_is_named_with_its_own_provider_and_date() -> None:
+    one = job()
+    offers = tuple(
+        Offer(provider=name, usd_per_hour=usd, kind=kind, least_count=1, date=datetime.date(2026, 11, day), source="s")
+        for name, usd, kind, day in (("A", 2.0, "on-demand", 1), ("B", 1.0, "spot", 9))
+    )
+    plan = plan_of(replace(one, group=replace(one.group, gpu=one.gpu.model_copy(update={"offers": offers}))))
+    assert plan.cost.spot_usd is not None
+    assert plan.cost.notes[0] == f"spot: {plan.cost.spot_usd:.2f} USD (B, 2026-11-09)"
+    line = next(line for line in summary_lines(plan) if line.startswith("cost: "))
+    assert line.endswith("USD (A, 2026-11-01)") and "spot" not in line
+
+
+@pytest.mark.parametrize(("usd", "words"), [(0.0, "less than 0.01 USD"), (0.0099, "less than 0.01 USD"), (1.254, "1.25 USD")])  # fmt: skip
+def test_dollars_in_words(usd: float, words: str) -> None:
+    assert tell_usd(usd) == words
+    plan = plan_of(job())
+    cheap = plan.model_copy(update={"cost": plan.cost.model_copy(update={"usd": usd, "most_usd": usd})})
+    assert any(line.startswith(f"cost: {words} (") for line in summary_lines(cheap))

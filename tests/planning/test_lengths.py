@@ -46,3 +46,9 @@ def test_a_step_is_cut_for_each_gpu() -> None:
     assert [batch.tokens for batch in shared] == [400]
     [padded] = cut_steps(steps, budget_tokens=10_000, gpus=1, pack=pack, padded=True)
     assert [batch.tokens for batch in padded] == [1600]
+
+
+def test_a_declared_mean_above_the_cut_says_so() -> None:
+    cut = declared_lengths(100, 10_000, most_tokens=4096)
+    assert cut.mean < 4096 and f"longer ones count as 4,096 tokens, which leaves {cut.mean:,.0f} on average" in cut.told
+    assert "longer" not in declared_lengths(100, 300, most_tokens=4096).told

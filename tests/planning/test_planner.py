@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from onlay.data.pack import plan_micro_batches
+from onlay.planning import speed
 from onlay.planning.devices import find_gpu, read_gpus
-from onlay.planning.lengths import declared_lengths, equal_rows
+from onlay.planning.lengths import cut_steps, declared_lengths, equal_rows
 from onlay.planning.memory import LEVELS, load_of, room_bytes
-from onlay.planning.planner import Chosen, Job, Wishes, choose, level_ladder, tell_levels
+from onlay.planning.planner import Candidate, Chosen, Job, Wishes, choose, fits, level_ladder, tell_levels
 from onlay.planning.shapes import find_shape
+from onlay.planning.speed import MicroBatch
 from onlay.recipe import LoraAdapter
 
 LONG_ROWS: dict[str, Any] = {"lengths": equal_rows(100, 3000), "rows_a_step": 4}
@@ -149,3 +151,35 @@ def test_levels_in_words() -> None:
     assert tell_levels(("none", "none")) == "nothing computed again"
     assert tell_levels(("mlp", "mlp")) == "gate and up computed again"
     assert tell_levels(("layer", "none")) == "whole layers computed again in 1 of 2 layers"
+
+
+def test_fp8_is_shown_with_the_other_wishes_kept() -> None:
+    found = made(gpu="h200", micro_tokens=2048, recompute="all")
+    rung = next(rung for rung in found.rungs if rung.setting.startswith("fp8"))
+    assert "2,048 tokens a pass" in rung.setting and "whole layers computed again" in rung.setting
+
+
+def test_the_exchange_of_gradients_is_in_every_rung() -> None:
+    one = job(gpu="2xh200")
+    best = choose(one, Wishes()).best
+    assert best is not None
+    alone = sum(speed.step_seconds(one.load, best.setting, one.gpu, batches) for batches in cut_of(one, best)) / 12
+    shared = speed.exchange_seconds(one.load, 2)
+    assert shared == 2 * 4 * one.load.count.trainable / speed.GRADIENT_BYTES_A_SECOND
+    assert best.step_seconds == pytest.approx(alone + shared) and speed.exchange_seconds(one.load, 1) == 0.0
+
+
+def cut_of(one: Job, best: Candidate) -> list[list[MicroBatch]]:
+    steps = one.lengths.steps(rows_a_step=one.rows_a_step)
+    return cut_steps(steps, budget_tokens=best.budget_tokens, gpus=one.group.count, pack=one.pack)
+
+
+def test_gpus_without_rows_are_no_speed() -> None:
+    few = {"lengths": equal_rows(1000, 512), "rows_a_step": 2}
+    two, eight = made(gpu="2xh200", changes=few).best, made(gpu="8xh200", changes=few).best
+    assert two is not None and eight is not None
+    assert eight.tokens_per_second == pytest.approx(two.tokens_per_second)
+
+
+def test_whether_wishes_can_be_kept() -> None:
+    assert fits(job(gpu="h200"), Wishes(storage="bf16")) and not fits(job(gpu="rtx3070"), Wishes(storage="bf16"))
