@@ -138,6 +138,17 @@ def choose(q: Tensor, examples: Examples, *, window: int | None, groups: int) ->
     return "cudnn" if has_cudnn(q.shape[-1], q.shape[1], groups, device=q.device, dtype=q.dtype) else "flash"
 
 
+def describe_kernel(
+    width: int, queries: int, groups: int, *, window: int | None, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Which of a GPU's kernels such heads get, in words, for the Run."""
+    if window is not None:
+        return "flash, as there is a window"
+    if width > WIDEST_CUDNN or not has_cudnn(width, queries, groups, device=device, dtype=dtype):
+        return f"flash, as cuDNN has none for heads of {width} here"
+    return "cudnn for examples of one length, flash for others"
+
+
 @cache
 def has_cudnn(width: int, queries: int, groups: int, *, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cuDNN has a kernel for such heads on this GPU, forward and backward: tried on one short example."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onlay.kernels.attention_block import AttentionBlock
-from onlay.kernels.causal_attention import has_kernel
+from onlay.kernels.causal_attention import describe_kernel, has_kernel
 from onlay.kernels.linear_block import linear_block
 from onlay.kernels.mlp_block import MlpBlock
 from onlay.kernels.norm_block import norm_block
@@ -53,6 +53,8 @@ class Fused:
     norms: int = 0
     ordinary: dict[str, list[str]] = field(default_factory=dict)
     """Reason: names of what stays as it was."""
+    kernels: set[str] = field(default_factory=set)
+    """Of the attentions inside blocks, on a GPU, in words."""
     owners: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """Of each adapted layer inside a block, the module that is called for it."""
 
@@ -69,6 +71,8 @@ class Fused:
         }
         said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         notes = {"fused": f"{said}, each one node" if said else "nothing"}
+        if self.kernels:
+            notes["attention_kernels"] = "; ".join(sorted(self.kernels))
         if self.ordinary:
             notes["ordinary"] = "; ".join(
                 f"{reason}: {len(names)} modules, first {names[0]}" for reason, names in self.ordinary.items()
@@ -242,6 +246,13 @@ class _Work:
                 keep_transposed=self._transposed(),
             )  # fmt: skip
             if isinstance(found, FusedAttention):
+                if self.device.type == "cuda":
+                    self.fused.kernels.add(
+                        describe_kernel(
+                            form.width, form.queries, form.groups, window=told["sliding_window"], device=self.device,
+                            dtype=self.dtype,
+                        )
+                    )  # fmt: skip
                 return found
             reason = found
         self.fused.leave(str(reason), name)

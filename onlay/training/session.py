@@ -188,13 +188,17 @@ def _recompute(parts: Parts, progress: Progress, fused: Fused, trainable: dict[s
         return recompute
     if training.offload_activations and device.type != "cuda":
         raise needs_gpu("offload_activations", "it moves activations from its memory to the host's")
-    # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
     planned = progress.levels or parts.levels
     if planned and len(planned) == len(recompute.layers):
         if set(planned) - {"none"}:
             recompute.set_levels(planned)
             progress.levels = recompute.levels
         return recompute
+    if planned:
+        parts.report(
+            f"the plan is for {len(planned)} layers and this base has {len(recompute.layers)}: what they keep goes by free memory"
+        )
+    # Offloading is of what recomputed layers keep: to ask for it is to ask for both.
     all_layers = training.recompute == "all" or (training.recompute == "auto" and training.offload_activations)
     if all_layers or isinstance(training.recompute, int):
         recompute.switch_on(training.recompute if isinstance(training.recompute, int) else None)
